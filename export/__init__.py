@@ -1,0 +1,1 @@
+"""Vision tower to ONNX."""
