@@ -1,0 +1,115 @@
+"""Golden folders: outputs of the original implementation on small checkpoints (tests/golden/README.md).
+
+VLQUANT_GOLDEN may name further folders of the same form. A case whose language model is not
+supported yet is left out.
+"""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def golden_roots() -> list[Path]:
+    further = os.environ.get("VLQUANT_GOLDEN", "")
+    return [GOLDEN, *(Path(part) for part in further.split(os.pathsep) if part)]
+
+
+class GoldenCase:
+    """One small checkpoint with what the original made of it."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.header = json.loads((folder / "golden.json").read_text(encoding="utf-8"))
+        self.conversations = self.header["conversations"]
+
+    @functools.cached_property
+    def model(self):
+        from vlquant.model import open_model
+
+        return open_model(self.folder)
+
+    @functools.cached_property
+    def config(self):
+        return self.model.config
+
+    @functools.cached_property
+    def decoder(self):
+        from vlquant.model import float_decoder
+
+        return float_decoder(self.model)
+
+    @functools.cached_property
+    def vision(self):
+        return {name: tensor.float() for name, tensor in self.model.vision_tensors().items()}
+
+    @functools.cached_property
+    def tokenizer(self):
+        from vlquant.tokenizer import load_tokenizer
+
+        return load_tokenizer(self.folder)
+
+    @functools.cached_property
+    def tensors(self):
+        from safetensors.torch import load_file
+
+        return load_file(self.folder / "golden.safetensors")
+
+    def image(self, name: str) -> Image.Image:
+        return Image.open(self.folder.parent / "images" / name).convert("RGB")
+
+    def answers(self, conversation) -> list[str]:
+        """The texts of one call, one per row."""
+        return conversation.get("responses") or [conversation["response"]]
+
+
+def is_supported(folder: Path) -> bool:
+    from vlquant.family import FAMILIES
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return config["llm_config"]["architectures"][0] in FAMILIES
+
+
+@functools.cache
+def golden_cases() -> tuple[GoldenCase, ...]:
+    folders = {}
+    for root in golden_roots():
+        for path in sorted(root.glob("*/golden.json")):
+            if (path.parent / "config.json").exists() and is_supported(path.parent):
+                folders.setdefault(path.parent.name, path.parent)
+    return tuple(GoldenCase(folder) for folder in folders.values())
+
+
+def pytest_generate_tests(metafunc):
+    """`case` runs over all golden checkpoints, `case, conversation` over all calls recorded with them."""
+    names = set(metafunc.fixturenames)
+    if {"case", "conversation"} <= names:
+        pairs = [(case, conversation) for case in golden_cases() for conversation in case.conversations]
+        identifiers = [f"{case.folder.name}-{conversation['key']}" for case, conversation in pairs]
+        metafunc.parametrize(("case", "conversation"), pairs, ids=identifiers)
+    elif "case" in names:
+        metafunc.parametrize("case", golden_cases(), ids=lambda case: case.folder.name)
+    if "golden_root" in names:
+        metafunc.parametrize("golden_root", golden_roots(), ids=str)
+
+
+@pytest.fixture
+def small_case() -> GoldenCase:
+    """The smallest InternLM2 checkpoint: for tests that need any real one."""
+    return next(case for case in golden_cases() if case.folder.name == "internlm2_chat_ntk")
+
+
+@pytest.fixture
+def copied(small_case, tmp_path) -> Path:
+    """A writable copy of the smallest checkpoint, without its golden data."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    for path in small_case.folder.iterdir():
+        if not path.name.startswith("golden"):
+            (folder / path.name).write_bytes(path.read_bytes())
+    return folder

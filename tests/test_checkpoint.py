@@ -1,0 +1,132 @@
+"""The safetensors reader: equal to the reference reader, and one sentence for every way a download goes wrong."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vlquant.checkpoint import DTYPES, open_checkpoint, read_json
+from vlquant.errors import BrokenCheckpoint
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A checkpoint of three shards with an index."""
+    tensors = {"a.weight": torch.arange(12.0).reshape(3, 4), "b.weight": torch.ones(2, dtype=torch.bfloat16), "c": torch.tensor(7)}
+    for number, (name, tensor) in enumerate(tensors.items()):
+        save_file({name: tensor}, tmp_path / f"model-{number}.safetensors")
+    weight_map = {name: f"model-{number}.safetensors" for number, name in enumerate(tensors)}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return tmp_path
+
+
+def test_reads_what_safetensors_reads(case):
+    checkpoint = open_checkpoint(case.folder)
+    expected = load_file(case.folder / "model.safetensors")
+    assert set(checkpoint.names) == expected.keys()
+    for name, tensor in expected.items():
+        assert checkpoint.dtype(name) == tensor.dtype and checkpoint.shape(name) == tuple(tensor.shape)
+        assert torch.equal(checkpoint.read(name), tensor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+def test_every_dtype(tmp_path, dtype):
+    tensor = torch.tensor([[0, 1], [1, 0]]).to(dtype)
+    save_file({"x": tensor, "none": torch.empty(0, 3, dtype=dtype)}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    assert checkpoint.read("x").dtype == dtype
+    assert torch.equal(checkpoint.read("x").float(), tensor.float())
+    assert checkpoint.read("none").shape == (0, 3)
+
+
+def test_shards(folder):
+    checkpoint = open_checkpoint(folder)
+    assert sorted(checkpoint) == ["a.weight", "b.weight", "c"] and len(checkpoint) == 3
+    assert checkpoint.read("a.weight").tolist() == torch.arange(12.0).reshape(3, 4).tolist()
+    assert checkpoint.read("c").item() == 7 and "d" not in checkpoint
+    with pytest.raises(BrokenCheckpoint, match="tensor d is missing"):
+        checkpoint.read("d")
+
+
+def refused(folder, *words):
+    with pytest.raises(BrokenCheckpoint) as error:
+        open_checkpoint(folder)
+    message = str(error.value)
+    assert all(word in message for word in words), message
+    assert "\n" not in message
+
+
+def test_a_missing_shard_is_named(folder):
+    (folder / "model-1.safetensors").unlink()
+    refused(folder, "model-1.safetensors", "download")
+
+
+def test_an_index_that_promises_too_much(folder):
+    save_file({"other": torch.ones(1)}, folder / "model-1.safetensors")
+    refused(folder, "b.weight", "absent from the shards")
+
+
+def test_an_index_without_a_map(folder):
+    (folder / "model.safetensors.index.json").write_text("{}")
+    refused(folder, "weight_map")
+
+
+@pytest.mark.parametrize("target", ["model-1.safetensors", "model.safetensors.index.json"])
+def test_git_lfs_pointers(folder, target):
+    (folder / target).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12\n")
+    refused(folder, target, "Git LFS pointer", "git lfs pull")
+
+
+@pytest.mark.parametrize("keep", [0, 5, 40, -1])
+def test_truncated_files(folder, keep):
+    path = folder / "model-0.safetensors"
+    path.write_bytes(path.read_bytes()[:keep])
+    refused(folder, "model-0.safetensors", "truncated")
+
+
+def test_a_file_that_shrinks_after_opening(folder):
+    checkpoint = open_checkpoint(folder)
+    path = folder / "model-0.safetensors"
+    path.write_bytes(path.read_bytes()[:-4])
+    with pytest.raises(BrokenCheckpoint, match="truncated"):
+        checkpoint.read("a.weight")
+
+
+def test_bytes_too_many(folder):
+    path = folder / "model-0.safetensors"
+    path.write_bytes(path.read_bytes() + b"xx")
+    refused(folder, "2 bytes longer")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "not json",
+        "[]",
+        '{"a": 3}',
+        '{"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F3", "shape": [1], "data_offsets": [0, 4]}}',
+        '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [-4, 0]}}',
+        '{"a": {"dtype": "F32", "shape": [1]}}',
+    ],
+)
+def test_headers_that_make_no_sense(tmp_path, header):
+    content = len(header).to_bytes(8, "little") + header.encode() + b"\0" * 4
+    (tmp_path / "model.safetensors").write_bytes(content)
+    refused(tmp_path, "model.safetensors", "download it again")
+
+
+def test_folders_without_weights(tmp_path):
+    refused(tmp_path / "absent", "is not a folder")
+    refused(tmp_path, "no weights")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    refused(tmp_path, "pickled")
+
+
+@pytest.mark.parametrize("content", [b"{", b"[1]", b"\xff\xfe"])
+def test_json_that_is_none(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_bytes(content)
+    with pytest.raises(BrokenCheckpoint, match="x.json"):
+        read_json(path)

@@ -1,0 +1,124 @@
+"""config.json to settings: published forms old and new, and what is refused."""
+
+import copy
+import json
+
+import pytest
+
+from vlquant.config import parse_config, read_config
+from vlquant.decoder import Rope
+from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from vlquant.family import FAMILIES
+
+
+@pytest.fixture
+def source(small_case):
+    return json.loads((small_case.folder / "config.json").read_text())
+
+
+def test_shapes_come_from_the_file(case):
+    config = read_config(case.folder)
+    language, vision = config.source["llm_config"], config.source["vision_config"]
+    assert config.decoder.layers == language["num_hidden_layers"]
+    assert config.decoder.key_value_heads == language["num_key_value_heads"]
+    assert config.decoder.head_dim * config.decoder.heads == language["hidden_size"]
+    assert config.decoder.rope.theta == language["rope_theta"]
+    assert config.vision.norm == vision["norm_type"] and config.vision.query_key_norm == vision["qk_normalization"]
+    assert config.family.architecture == language["architectures"][0]
+
+
+def test_no_remote_code_survives(case):
+    assert "auto_map" not in json.dumps(read_config(case.folder).source)
+
+
+def test_rope_scaling_old_and_new(source):
+    language = source["llm_config"]
+    assert parse_config(source, "x").decoder.rope == Rope(theta=10_000.0, dynamic_factor=2.0)
+    language["rope_scaling"] = {"type": "dynamic", "rope_type": "dynamic", "factor": 3.0}
+    assert parse_config(source, "x").decoder.rope.dynamic_factor == 3.0
+    del language["rope_scaling"], language["rope_theta"]
+    language["rope_parameters"] = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 5e5}
+    assert parse_config(source, "x").decoder.rope == Rope(theta=5e5, dynamic_factor=2.0)
+    language["rope_parameters"] = {"rope_type": "default", "rope_theta": 1e6}
+    assert parse_config(source, "x").decoder.rope == Rope(theta=1e6)
+    language["rope_scaling"] = {"type": "linear", "factor": 2.0}
+    with pytest.raises(UnsupportedCheckpoint, match="linear"):
+        parse_config(source, "x")
+
+
+def test_qwen2_ignores_rope_scaling_as_the_reference_does(source):
+    source["llm_config"]["architectures"] = ["Qwen2ForCausalLM"]
+    assert parse_config(source, "x").decoder.rope == Rope(theta=10_000.0)
+
+
+def test_biases_follow_the_family(source):
+    source["llm_config"]["bias"] = True
+    decoder = parse_config(source, "x").decoder
+    assert decoder.query_key_value_bias and decoder.output_bias
+    source["llm_config"]["architectures"] = ["Qwen2ForCausalLM"]
+    decoder = parse_config(source, "x").decoder
+    assert decoder.query_key_value_bias and not decoder.output_bias
+
+
+def test_tiling_limits(source):
+    source |= {"max_dynamic_patch": 6, "min_dynamic_patch": 2, "use_thumbnail": False}
+    chat = parse_config(source, "x").chat
+    assert (chat.min_tiles, chat.max_tiles, chat.use_thumbnail) == (2, 6, False)
+    del source["max_dynamic_patch"], source["min_dynamic_patch"], source["use_thumbnail"]
+    chat = parse_config(source, "x").chat
+    assert (chat.min_tiles, chat.max_tiles, chat.use_thumbnail) == (1, 12, True)
+    source["dynamic_image_size"] = False
+    assert parse_config(source, "x").chat.max_tiles == 1
+
+
+def test_tile_size_is_the_forced_one_else_the_towers(source):
+    source["force_image_size"] = 168
+    assert parse_config(source, "x").chat.tokens_per_tile == 36
+    source["force_image_size"] = None
+    assert parse_config(source, "x").chat.image_size == source["vision_config"]["image_size"]
+
+
+def test_the_system_message_may_be_overridden(source):
+    assert parse_config(source, "x").chat.system_message is None
+    source["system_message"] = "Be brief."
+    assert parse_config(source, "x").chat.system_message == "Be brief."
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"model_type": "llava"}, UnsupportedCheckpoint, ("llava", "internvl_chat")),
+        ({"model_type": "internvl"}, UnsupportedCheckpoint, ("original release",)),
+        ({"llm_config": None}, BrokenCheckpoint, ("llm_config",)),
+        ({"vision_config": 3}, BrokenCheckpoint, ("vision_config",)),
+        ({"template": "chatty"}, UnsupportedCheckpoint, ("chatty", "internvl2_5")),
+        ({"template": None}, UnsupportedCheckpoint, ("internvl2_5",)),
+        ({"llm_config.architectures": ["GptOssForCausalLM"]}, UnsupportedCheckpoint, ("GptOssForCausalLM", *FAMILIES)),
+        ({"llm_config.architectures": None}, UnsupportedCheckpoint, tuple(FAMILIES)),
+        ({"llm_config.hidden_size": None}, BrokenCheckpoint, ("hidden_size", "llm_config")),
+        ({"llm_config.hidden_act": "relu"}, UnsupportedCheckpoint, ("relu", "silu")),
+        ({"vision_config.patch_size": "14"}, BrokenCheckpoint, ("patch_size", "vision_config")),
+    ],
+    ids=str,
+)
+def test_refusals_name_the_thing(source, change, error, words):
+    changed = copy.deepcopy(source)
+    for path, value in change.items():
+        *sections, key = path.split(".")
+        (changed[sections[0]] if sections else changed)[key] = value
+    with pytest.raises(error) as raised:
+        parse_config(changed, "here/config.json")
+    assert all(word in str(raised.value) for word in ("here/config.json", *words) if word != "here/config.json"), raised.value
+
+
+def test_folders_that_are_none(tmp_path):
+    with pytest.raises(BrokenCheckpoint, match="not a folder"):
+        read_config(tmp_path / "absent")
+    with pytest.raises(BrokenCheckpoint, match="no config.json"):
+        read_config(tmp_path)
+
+
+def test_a_bundle_carries_its_source_config(source, tmp_path):
+    (tmp_path / "vlquant.json").write_text(json.dumps({"format_version": 1, "source_config": source}))
+    (tmp_path / "config.json").write_text("{}")  # the -hf one, for other readers
+    assert read_config(tmp_path).decoder == parse_config(source, "x").decoder

@@ -1,0 +1,203 @@
+"""Safetensors folders read tensor by tensor with plain offset reads (no mmap, so peak memory is what it seems).
+
+Knows files, names, shapes and bytes; knows nothing of InternVL.
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlquant.errors import BrokenCheckpoint
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+LFS_MAGIC = b"version https://git-lfs"
+MAX_HEADER_BYTES = 100_000_000
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies."""
+
+    path: Path
+    offset: int
+    """Bytes from the start of the file."""
+    nbytes: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+class Checkpoint:
+    """All tensors of a folder by name; nothing but the headers is in memory."""
+
+    def __init__(self, folder: Path, tensors: dict[str, StoredTensor]):
+        self.folder, self._tensors = folder, tensors
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._tensors)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._tensors
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one tensor. Raises BrokenCheckpoint if there is none of that name."""
+        return self._find(name).shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of one tensor. Raises BrokenCheckpoint if there is none of that name."""
+        return self._find(name).dtype
+
+    def read(self, name: str) -> Tensor:
+        """One tensor in its stored dtype. Raises BrokenCheckpoint if it is absent or its bytes are."""
+        stored = self._find(name)
+        if stored.nbytes == 0:
+            return torch.empty(stored.shape, dtype=stored.dtype)
+        buffer = bytearray(stored.nbytes)
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            view, filled = memoryview(buffer), 0
+            while filled < stored.nbytes:
+                # One read() returns at most 2 GiB on Linux.
+                count = file.readinto(view[filled:])
+                if not count:
+                    raise _truncated(stored.path)
+                filled += count
+        return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
+
+    def _find(self, name: str) -> StoredTensor:
+        if name not in self._tensors:
+            raise BrokenCheckpoint(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
+        return self._tensors[name]
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read the headers of `model.safetensors`, or of all shards its index names.
+
+    Raises BrokenCheckpoint for absent or truncated files, Git LFS pointers, and an index that
+    promises tensors its shards do not hold.
+    """
+    folder = Path(folder)
+    if (folder / SINGLE_FILE).exists():
+        return Checkpoint(folder, read_header(folder / SINGLE_FILE))
+    if (folder / INDEX_FILE).exists():
+        return Checkpoint(folder, _read_shards(folder))
+    if not folder.is_dir():
+        raise BrokenCheckpoint(f"{folder} is not a folder; give the folder that holds config.json and the weights")
+    found = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else "no weights"
+    raise BrokenCheckpoint(f"{folder} has {found}; it needs {SINGLE_FILE}, or shards with {INDEX_FILE}")
+
+
+def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+    index = read_json(folder / INDEX_FILE)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
+        raise BrokenCheckpoint(f"{folder / INDEX_FILE} has no weight_map; download it again")
+    shards = sorted(set(weight_map.values()))
+    absent = [shard for shard in shards if not (folder / Path(shard).name).exists()]
+    if absent:
+        raise BrokenCheckpoint(f"{folder} lacks {_some(absent)}, named in {INDEX_FILE}; download the missing shards")
+    headers = {shard: read_header(folder / Path(shard).name) for shard in shards}
+    lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
+    if lost:
+        raise BrokenCheckpoint(
+            f"{folder}: {_some(lost)} named in {INDEX_FILE} but absent from the shards; download the checkpoint again"
+        )
+    return {name: headers[shard][name] for name, shard in weight_map.items()}
+
+
+def read_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises BrokenCheckpoint if the file cannot be whole."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_MAGIC))
+        if start == LFS_MAGIC:
+            raise _lfs_pointer(path)
+        length = int.from_bytes(start[:8], "little")
+        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise _truncated(path)
+        file.seek(8)
+        text = file.read(length)
+    try:
+        header = json.loads(text)
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        tensors = {name: _stored_tensor(path, 8 + length, entry) for name, entry in entries.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise BrokenCheckpoint(f"{path} has no readable safetensors header ({error}); download it again") from None
+    end = max((stored.offset + stored.nbytes for stored in tensors.values()), default=8 + length)
+    if end > size:
+        raise _truncated(path)
+    if end < size:
+        raise BrokenCheckpoint(f"{path} is {size - end} bytes longer than its header says; download it again")
+    return tensors
+
+
+def _stored_tensor(path: Path, data_start: int, entry: dict) -> StoredTensor:
+    begin, end = entry["data_offsets"]
+    shape = tuple(entry["shape"])
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {entry['dtype']}")
+    dtype = DTYPES[entry["dtype"]]
+    if begin < 0 or end - begin != math.prod(shape) * dtype.itemsize:
+        raise ValueError(f"shape {list(shape)} does not fill its {end - begin} bytes")
+    return StoredTensor(path=path, offset=data_start + begin, nbytes=end - begin, dtype=dtype, shape=shape)
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file. Raises BrokenCheckpoint if it is absent, an LFS pointer or no JSON object."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise BrokenCheckpoint(
+            f"{path} cannot be read ({os.strerror(error.errno or 0)}); give the folder of an InternVL checkpoint"
+        ) from None
+    if content.startswith(LFS_MAGIC):
+        raise _lfs_pointer(path)
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{path} is not valid JSON ({error}); download it again") from None
+    if not isinstance(value, dict):
+        raise BrokenCheckpoint(f"{path} holds no JSON object; download it again")
+    return value
+
+
+def _truncated(path: Path) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f"{path} is truncated; download it again")
+
+
+def _lfs_pointer(path: Path) -> BrokenCheckpoint:
+    return BrokenCheckpoint(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull` in its folder")
+
+
+def _some(names: list[str]) -> str:
+    """The first few names and how many more there are."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more

@@ -1,0 +1,198 @@
+"""config.json of an `internvl_chat` checkpoint (or the copy inside a bundle) to typed settings. Reads no weights."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from vlquant.checkpoint import read_json
+from vlquant.decoder import DecoderConfig, Rope
+from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from vlquant.family import FAMILIES, LanguageFamily
+from vlquant.prompt import IMAGE_CONTEXT, find_template
+from vlquant.vision import VisionConfig
+
+CONFIG_FILE = "config.json"
+MANIFEST_FILE = "vlquant.json"
+
+# What the original code takes where config.json is silent.
+DEFAULT_MAX_TILES = 12
+DEFAULT_ROPE_THETA = 10_000.0
+PLAIN_ROPES = (None, "default")
+
+
+@dataclass(frozen=True)
+class ChatConfig:
+    """How pictures and conversations become model input."""
+
+    template: str
+    system_message: str | None
+    """None: the template's own."""
+    image_size: int
+    """Tile side in pixels."""
+    tokens_per_tile: int
+    min_tiles: int = 1
+    max_tiles: int = DEFAULT_MAX_TILES
+    """Per picture, without the thumbnail."""
+    use_thumbnail: bool = True
+    image_token: str = IMAGE_CONTEXT
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything config.json says that a runtime needs."""
+
+    family: LanguageFamily
+    decoder: DecoderConfig
+    vision: VisionConfig
+    chat: ChatConfig
+    source: dict
+    """config.json as read, without `auto_map`."""
+
+
+def read_config(folder: str | Path) -> ModelConfig:
+    """Settings of the checkpoint or bundle in `folder`.
+
+    Raises BrokenCheckpoint or UnsupportedCheckpoint, naming the file and what is wrong with it.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise BrokenCheckpoint(f"{folder} is not a folder; give the folder of an InternVL checkpoint or bundle")
+    if (folder / MANIFEST_FILE).exists():
+        where = f"{folder / MANIFEST_FILE} source_config"
+        return parse_config(_section(read_json(folder / MANIFEST_FILE), "source_config", str(folder)), where)
+    if not (folder / CONFIG_FILE).exists():
+        raise BrokenCheckpoint(f"{folder} has no {CONFIG_FILE}; give the folder of an InternVL checkpoint or bundle")
+    return parse_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+
+
+def parse_config(source: dict, where: str) -> ModelConfig:
+    """Settings from the contents of an `internvl_chat` config.json; `where` names it in errors.
+
+    Raises UnsupportedCheckpoint for another kind of model, BrokenCheckpoint for missing values.
+    """
+    model_type = source.get("model_type")
+    if model_type != "internvl_chat":
+        hint = "take the original release, without -hf or -HF" if model_type == "internvl" else "give an InternVL folder"
+        raise UnsupportedCheckpoint(
+            f"{where}: model_type {model_type!r} is not an original InternVL checkpoint ('internvl_chat'); {hint}"
+        )
+    language = _section(source, "llm_config", where)
+    family = _family(language, where)
+    vision = _vision(source, where)
+    return ModelConfig(
+        family=family,
+        decoder=_decoder(language, family, f"{where} llm_config"),
+        vision=vision,
+        chat=_chat(source, vision),
+        source=_without_remote_code(source),
+    )
+
+
+def _family(language: Mapping, where: str) -> LanguageFamily:
+    architecture = (language.get("architectures") or [None])[0]
+    if architecture not in FAMILIES:
+        raise UnsupportedCheckpoint(
+            f"{where}: language model class {architecture!r} is not supported; "
+            f"take a model with one of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[architecture]
+
+
+def _decoder(language: Mapping, family: LanguageFamily, where: str) -> DecoderConfig:
+    _require_activation(language, "silu", where)
+    heads = _value(language, "num_attention_heads", where)
+    hidden_size = _value(language, "hidden_size", where)
+    return DecoderConfig(
+        hidden_size=hidden_size,
+        layers=_value(language, "num_hidden_layers", where),
+        heads=heads,
+        key_value_heads=language.get("num_key_value_heads") or heads,
+        head_dim=language.get("head_dim") or hidden_size // heads,
+        intermediate_size=_value(language, "intermediate_size", where),
+        vocab_size=_value(language, "vocab_size", where),
+        norm_eps=language.get("rms_norm_eps", 1e-6),
+        rope=_rope(language, family, where),
+        max_positions=_value(language, "max_position_embeddings", where),
+        query_key_value_bias=_bias(family.query_key_value_bias, language),
+        output_bias=_bias(family.output_bias, language),
+        tied_head=bool(language.get("tie_word_embeddings", False)),
+    )
+
+
+def _bias(rule: bool | str, language: Mapping) -> bool:
+    return bool(language.get(rule, False)) if isinstance(rule, str) else rule
+
+
+def _rope(language: Mapping, family: LanguageFamily, where: str) -> Rope:
+    """Older files carry rope_theta and rope_scaling, newer ones rope_parameters with both."""
+    parameters = language.get("rope_parameters") or {}
+    theta = float(language.get("rope_theta") or parameters.get("rope_theta") or DEFAULT_ROPE_THETA)
+    scaling = language.get("rope_scaling") or parameters
+    kind = scaling.get("type") or scaling.get("rope_type")
+    if not family.honours_rope_scaling or kind in PLAIN_ROPES:
+        return Rope(theta=theta)
+    if kind != "dynamic":
+        raise UnsupportedCheckpoint(f"{where}: rope scaling {kind!r} is not supported; take a model with plain or dynamic rope")
+    return Rope(theta=theta, dynamic_factor=float(_value(scaling, "factor", f"{where} rope_scaling")))
+
+
+def _vision(source: Mapping, where: str) -> VisionConfig:
+    tower = _section(source, "vision_config", where)
+    where = f"{where} vision_config"
+    _require_activation(tower, "gelu", where)
+    return VisionConfig(
+        hidden_size=_value(tower, "hidden_size", where),
+        layers=_value(tower, "num_hidden_layers", where),
+        heads=_value(tower, "num_attention_heads", where),
+        intermediate_size=_value(tower, "intermediate_size", where),
+        patch_size=_value(tower, "patch_size", where),
+        image_size=source.get("force_image_size") or _value(tower, "image_size", where),
+        # From here on the defaults of the original configuration classes.
+        norm=tower.get("norm_type", "rms_norm"),
+        norm_eps=tower.get("layer_norm_eps", 1e-6),
+        query_key_value_bias=bool(tower.get("qkv_bias", False)),
+        query_key_norm=bool(tower.get("qk_normalization", True)),
+        select_layer=source.get("select_layer", -1),
+        pixel_shuffle=source.get("ps_version", "v1"),
+        downsample_ratio=source.get("downsample_ratio", 0.5),
+    )
+
+
+def _chat(source: Mapping, vision: VisionConfig) -> ChatConfig:
+    dynamic = source.get("dynamic_image_size", True)
+    return ChatConfig(
+        template=find_template(source.get("template")).name,
+        system_message=source.get("system_message"),
+        image_size=vision.image_size,
+        tokens_per_tile=vision.tokens_per_tile,
+        min_tiles=(source.get("min_dynamic_patch") or 1) if dynamic else 1,
+        max_tiles=(source.get("max_dynamic_patch") or DEFAULT_MAX_TILES) if dynamic else 1,
+        use_thumbnail=bool(source.get("use_thumbnail", True)),
+    )
+
+
+def _without_remote_code(value):
+    """A copy of nested dictionaries without `auto_map`, which would make other readers run Python from the folder."""
+    if not isinstance(value, dict):
+        return value
+    return {key: _without_remote_code(inner) for key, inner in value.items() if key != "auto_map"}
+
+
+def _require_activation(section: Mapping, expected: str, where: str) -> None:
+    activation = section.get("hidden_act", expected)
+    if activation != expected:
+        raise UnsupportedCheckpoint(f"{where}: hidden_act {activation!r} is not supported; take a model with {expected!r}")
+
+
+def _section(source: Mapping, key: str, where: str) -> dict:
+    section = source.get(key)
+    if not isinstance(section, dict):
+        raise BrokenCheckpoint(f"{where} has no {key}; download the original file again")
+    return section
+
+
+def _value(section: Mapping, key: str, where: str):
+    value = section.get(key)
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise BrokenCheckpoint(f"{where} has no usable {key} ({value!r}); download the original file again")
+    return value

@@ -1,0 +1,223 @@
+"""Open a model (published checkpoint or bundle) and read its tensors under canonical names."""
+
+import difflib
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlquant.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from vlquant.config import ModelConfig, read_config
+from vlquant.decoder import LINEARS, Decoder, FloatLinear, float_layer
+from vlquant.errors import BrokenCheckpoint, MissingDependency, UnsupportedCheckpoint
+from vlquant.family import (
+    KNOWN_MODELS,
+    LANGUAGE_MODEL,
+    Fusion,
+    fusion_groups,
+    split_fused,
+    split_kind,
+    split_layer,
+    stored_name,
+)
+from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
+
+HUB_OWNER = "OpenGVLab"
+HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")
+
+
+class Model:
+    """Settings and tensors of one model; tensors are read when asked for."""
+
+    def __init__(self, folder: Path, config: ModelConfig, checkpoint: Checkpoint):
+        self.folder, self.config, self.checkpoint = folder, config, checkpoint
+        self._shapes = tensor_shapes(config)
+        self._last_split: tuple[str, list[Tensor]] = ("", [])
+
+    def has(self, name: str) -> bool:
+        """Whether a tensor with canonical `name` can be read."""
+        if name in self.checkpoint:
+            return True
+        if name == HEAD and self.config.decoder.tied_head:
+            return self.has(EMBEDDING)
+        return self._stored(name)[0] in self.checkpoint
+
+    def tensor(self, name: str) -> Tensor:
+        """The tensor with canonical `name`, in its stored dtype; fused ones are split.
+
+        Raises BrokenCheckpoint if the checkpoint has none.
+        """
+        if name == HEAD and self.config.decoder.tied_head:
+            return self.tensor(EMBEDDING)
+        tensor = self.checkpoint.read(name) if name in self.checkpoint else self._read_stored(name)
+        return fit_positions(tensor, self._shapes[name][1]) if name == POSITIONS else tensor
+
+    def decoder_layer(self, index: int) -> dict[str, Tensor]:
+        """All tensors of decoder layer `index` by relative name ("self_attn.q_proj.weight", ".qweight", ...)."""
+        prefix = layer_prefix(index)
+        names = [name for name in self.checkpoint if name.startswith(prefix)]
+        names = names or [name for name in layer_shapes(self.config.decoder, index) if self.has(name)]
+        return {name.removeprefix(prefix): self.tensor(name) for name in names}
+
+    def vision_tensors(self) -> dict[str, Tensor]:
+        """All tensors of vision tower and projector, named without the leading "model."."""
+        parts = ("model.vision_tower.", "model.multi_modal_projector.")
+        return {name.removeprefix("model."): self.tensor(name) for name in self._shapes if name.startswith(parts)}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor with canonical `name` as stored, without reading it.
+
+        Raises BrokenCheckpoint if it is absent or a fused tensor does not hold it.
+        """
+        if name in self.checkpoint:
+            return self.checkpoint.shape(name)
+        stored, fusion = self._stored(name)
+        shape = self.checkpoint.shape(stored)
+        if fusion is None:
+            return shape
+        rows = self._fused_rows(fusion, name)
+        if shape[0] != sum(rows):
+            raise BrokenCheckpoint(f"{self.folder}: {stored} has {shape[0]} rows, config.json asks for {sum(rows)}")
+        return (rows[self._part(fusion, name)], *shape[1:])
+
+    def _stored(self, name: str) -> tuple[str, Fusion | None]:
+        try:
+            return stored_name(name, self.config.family)
+        except KeyError:
+            return name, None
+
+    def _read_stored(self, name: str) -> Tensor:
+        stored, fusion = self._stored(name)
+        if fusion is None:
+            return self.checkpoint.read(stored)
+        # The parts of one fused tensor are asked for one after the other: read it once.
+        if self._last_split[0] != stored:
+            rows, groups = self._fused_rows(fusion, name), fusion_groups(fusion, self.config)
+            self._last_split = stored, split_fused(self.checkpoint.read(stored), rows=rows, groups=groups)
+        return self._last_split[1][self._part(fusion, name)].clone()
+
+    def _fused_rows(self, fusion: Fusion, name: str) -> Sequence[int]:
+        layer, kind = split_layer(name)[1], split_kind(name)[1]
+        return [self._shapes[part.format(layer) + kind][0] for part in fusion.parts]
+
+    def _part(self, fusion: Fusion, name: str) -> int:
+        return fusion.parts.index(split_kind(split_layer(name)[0])[0])
+
+
+def fit_positions(positions: Tensor, length: int) -> Tensor:
+    """Position embeddings [1, 1 + patches, hidden] for `length` positions, resized as the original does.
+
+    Bicubic, in float32, the class token's untouched; nothing happens at the native size.
+    """
+    if positions.shape[1] == length:
+        return positions
+    side, wanted = math.isqrt(positions.shape[1] - 1), math.isqrt(length - 1)
+    grid = positions[:, 1:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(wanted, wanted), mode="bicubic", align_corners=False)
+    patches = grid.flatten(2).permute(0, 2, 1).to(positions.dtype)  # [1, wanted * wanted, hidden]
+    return torch.cat((positions[:, :1], patches), dim=1)
+
+
+def open_model(folder: str | Path) -> Model:
+    """Open the checkpoint or bundle in `folder` and check that it is complete.
+
+    Raises BrokenCheckpoint naming the tensors that are missing or have the wrong shape,
+    UnsupportedCheckpoint for models this version cannot run.
+    """
+    config = read_config(folder)
+    model = Model(Path(folder), config, open_checkpoint(folder))
+    missing = [name for name in tensor_shapes(config) if not model.has(name) and not is_quantized(model, name)]
+    if missing:
+        raise BrokenCheckpoint(f"{folder} lacks {_some(missing, model)}; download the checkpoint again")
+    for name, expected in tensor_shapes(config).items():
+        if not is_quantized(model, name):
+            _check_shape(model, name, expected)
+    return model
+
+
+def is_quantized(model: Model, name: str) -> bool:
+    """Whether the weight with canonical `name` is stored in one of the quantized forms."""
+    module = name.removesuffix(".weight")
+    if not module.startswith(LANGUAGE_MODEL) or not module.endswith(LINEARS) or module == name:
+        return False
+    return any(all(module + kind in model.checkpoint for kind in form) for form in QUANTIZED_FORMS)
+
+
+def _check_shape(model: Model, name: str, expected: tuple[int, ...]) -> None:
+    shape = model.shape(name)
+    if name == POSITIONS and len(shape) == 3 and math.isqrt(shape[1] - 1) ** 2 == shape[1] - 1:
+        expected = (1, shape[1], expected[2])
+    if shape != expected:
+        raise BrokenCheckpoint(
+            f"{model.folder}: {_with_stored(name, model)} has shape {list(shape)} but config.json asks for "
+            f"{list(expected)}; config.json and weights must come from the same checkpoint"
+        )
+
+
+def _some(names: list[str], model: Model) -> str:
+    more = f" and {len(names) - 3} more tensors" if len(names) > 3 else ""
+    return ", ".join(_with_stored(name, model) for name in names[:3]) + more
+
+
+def _with_stored(name: str, model: Model) -> str:
+    """A name the user can find in the files: the stored one, with ours if it differs."""
+    if any(each.startswith(LANGUAGE_MODEL) for each in model.checkpoint):
+        return name
+    stored = model._stored(name)[0]
+    return stored if stored == name else f"{stored} ({name.removeprefix('model.')})"
+
+
+def float_decoder(model: Model, dtype: torch.dtype = torch.float32) -> Decoder:
+    """The whole language model in float: the reference. Needs memory for all of its weights."""
+    config = model.config.decoder
+    layers = []
+    for index in range(config.layers):
+        tensors = {name: tensor.to(dtype) for name, tensor in model.decoder_layer(index).items()}
+        layers.append(float_layer(tensors, config))
+    embedding = model.tensor(EMBEDDING).to(dtype)
+    head = embedding if config.tied_head else model.tensor(HEAD).to(dtype)
+    norm = model.tensor(LANGUAGE_MODEL + "norm.weight").to(dtype)
+    return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=FloatLinear(head))
+
+
+def resolve_model(name: str | Path) -> Path:
+    """The folder of a model named by path, by published name ("InternVL2_5-8B") or by hub id ("owner/name").
+
+    Local folders win; otherwise weights, configuration and tokenizer files are downloaded, never code.
+    Raises BrokenCheckpoint for a missing folder, UnsupportedCheckpoint for an unknown name.
+    """
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    text = str(name)
+    if path.exists():
+        raise BrokenCheckpoint(f"{name} is a file; give the folder that holds config.json and the weights")
+    if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
+        raise BrokenCheckpoint(f"folder {name} does not exist; give an existing folder or a name such as InternVL2_5-8B")
+    if "/" in text:
+        return _download(text)
+    if text not in KNOWN_MODELS:
+        nearest = difflib.get_close_matches(text, KNOWN_MODELS, n=3, cutoff=0.3) or KNOWN_MODELS[:3]
+        raise UnsupportedCheckpoint(
+            f"{text!r} is neither a folder here nor a known model; the nearest known names are {', '.join(nearest)}"
+        )
+    return _download(f"{HUB_OWNER}/{text}")
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise MissingDependency(
+            f"{hub_id} is not a folder here, and downloading it needs huggingface_hub; run `pip install huggingface_hub`"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BrokenCheckpoint(
+            f"{hub_id} is not a folder here and cannot be downloaded ({reason}); check name and network, or give a folder"
+        ) from None
