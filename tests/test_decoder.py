@@ -1,0 +1,111 @@
+"""The one decoder equals transformers' classes, with and without cache, padding and dynamic rope."""
+
+import pytest
+import torch
+
+from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, Rope, attend, float_layer, visible_keys
+
+transformers = pytest.importorskip("transformers", reason="compared with transformers' own classes")
+
+SHAPE = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "intermediate_size": 80,
+    "vocab_size": 70,
+    "max_position_embeddings": 24,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
+
+
+def build_theirs(kind: str):
+    torch.manual_seed(0)
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    if kind == "dynamic":
+        rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    if kind == "qwen2":
+        config = transformers.Qwen2Config(**SHAPE, rope_parameters=rope)
+        return transformers.Qwen2ForCausalLM(config).eval()
+    config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope, attention_bias=kind == "biased")
+    return transformers.LlamaForCausalLM(config).eval()
+
+
+def build_ours(theirs, kind: str) -> Decoder:
+    config = DecoderConfig(
+        hidden_size=48,
+        layers=2,
+        heads=6,
+        key_value_heads=2,
+        head_dim=8,
+        intermediate_size=80,
+        vocab_size=70,
+        norm_eps=1e-5,
+        rope=Rope(10000.0, 2.0 if kind == "dynamic" else None),
+        max_positions=24,
+    )
+    weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
+    layers = []
+    for index in range(2):
+        prefix = f"model.layers.{index}."
+        own = {name.removeprefix(prefix): each for name, each in weights.items() if name.startswith(prefix)}
+        layers.append(float_layer(own, config))
+    embedding, norm = weights["model.embed_tokens.weight"], weights["model.norm.weight"]
+    return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=FloatLinear(weights["lm_head.weight"]))
+
+
+@pytest.mark.parametrize("kind", ["llama", "biased", "qwen2", "dynamic"])
+@torch.inference_mode()
+def test_equals_transformers(kind):
+    theirs = build_theirs(kind)
+    ours = build_ours(theirs, kind)
+    length = 40 if kind == "dynamic" else 20
+    ids = torch.randint(0, 70, (2, length))
+    expected = theirs(ids).logits
+    assert torch.allclose(ours(ours.embed(ids), all_positions=True), expected, atol=1e-4)
+    assert torch.allclose(ours(ours.embed(ids))[:, 0], expected[:, -1], atol=1e-4)
+
+
+@torch.inference_mode()
+def test_left_padding_changes_nothing():
+    ours = build_ours(build_theirs("llama"), "llama")
+    ids = torch.randint(0, 70, (1, 9))
+    alone = ours(ours.embed(ids), all_positions=True)
+    padded = torch.cat((torch.zeros(1, 5, dtype=torch.long), ids), dim=1)
+    mask = torch.tensor([[False] * 5 + [True] * 9])
+    beside = ours(ours.embed(padded), attention_mask=mask, all_positions=True)
+    assert torch.isfinite(beside).all()
+    assert torch.allclose(beside[:, 5:], alone, atol=1e-5)
+
+
+@pytest.mark.parametrize("pieces", [[7, 1, 1, 1], [4, 3, 3], [1] * 10])
+@torch.inference_mode()
+def test_cached_equals_uncached(pieces):
+    ours = build_ours(build_theirs("qwen2"), "qwen2")
+    ids = torch.randint(0, 70, (3, 10))
+    mask = torch.ones(3, 10, dtype=torch.bool)
+    mask[1, :3] = False
+    whole = ours(ours.embed(ids), attention_mask=mask, all_positions=True)
+    cache = KeyValueCache(ours.config, batch=3, capacity=12)
+    for size in pieces:
+        start = cache.length
+        part = ours.embed(ids[:, start : start + size])
+        logits = ours(part, attention_mask=mask[:, : start + size], cache=cache, all_positions=True)
+        real = mask[:, start : start + size]
+        assert torch.allclose(logits[real], whole[:, start : start + size][real], atol=1e-5)
+
+
+def test_attention_without_repeating_keys_equals_repeating_them():
+    torch.manual_seed(1)
+    queries, keys, values = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    repeated = [each.repeat_interleave(3, dim=1) for each in (keys, values)]
+    expected = torch.nn.functional.scaled_dot_product_attention(queries, *repeated, is_causal=True)
+    causal = visible_keys(torch.ones(2, 5, dtype=torch.bool), 5)
+    assert torch.allclose(attend(queries, keys, values, None), expected, atol=1e-6)
+    assert torch.allclose(attend(queries, keys, values, causal), expected, atol=1e-6)
+
+
+def test_a_padded_position_sees_only_itself():
+    visible = visible_keys(torch.tensor([[False, False, True, True]]), 4)
+    assert visible[0].int().tolist() == [[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 1, 1]]

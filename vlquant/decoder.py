@@ -1,0 +1,276 @@
+"""One transformer decoder for every supported language model; its matmuls are passed in.
+
+Knows no checkpoint, kernel or text: the same layer serves calibration (float linears), checking
+and running (packed linears).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Linear = Callable[[Tensor], Tensor]
+
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+NORMS = ("input_layernorm", "post_attention_layernorm")
+
+
+@dataclass(frozen=True)
+class Rope:
+    """Rotary position embedding."""
+
+    theta: float
+    dynamic_factor: float | None = None
+    """Dynamic NTK factor, used beyond `max_positions`; None is plain rope."""
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of a decoder; every value comes from the checkpoint's config.json."""
+
+    hidden_size: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    head_dim: int
+    intermediate_size: int
+    vocab_size: int
+    norm_eps: float
+    rope: Rope
+    max_positions: int
+    query_key_value_bias: bool = False
+    output_bias: bool = False
+    query_key_norm: bool = False
+    """RMSNorm over each query and key head (Qwen3)."""
+    tied_head: bool = False
+
+
+class FloatLinear:
+    """`x @ weight.T + bias` with an ordinary float weight [out_features, in_features]."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        self.weight, self.bias = weight, bias
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Scale each vector of `x` [..., features] to unit root mean square, in float32, times `weight`."""
+    wide = x.float()
+    scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return weight * scaled.to(x.dtype)
+
+
+def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [batch, 1, length, head_dim] (float32) of `positions` [batch, length].
+
+    Dynamic NTK enlarges the base as soon as a position lies beyond `max_positions` and again
+    whenever the sequence grows; cached keys keep their old rotation, as in the original InternLM2.
+    """
+    base, width = config.rope.theta, config.head_dim
+    reach = int(positions.max()) + 1
+    factor = config.rope.dynamic_factor
+    if factor and reach > config.max_positions:
+        stretch = factor * reach / config.max_positions - (factor - 1)
+        base = base * stretch ** (width / (width - 2))
+    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
+    angles = positions[..., None].float() / base**exponents  # [batch, length, head_dim / 2]
+    angles = torch.cat((angles, angles), dim=-1)[:, None]
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+    """Apply rope to `x` [batch, heads, length, head_dim], pairing feature i with i + head_dim / 2."""
+    cosines, sines = rotary
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.cat((-second, first), dim=-1)
+    return (x * cosines + turned * sines).to(x.dtype)
+
+
+def visible_keys(attention_mask: Tensor, queries: int) -> Tensor:
+    """Which keys each of the last `queries` positions may see, bool [batch, queries, keys].
+
+    attention_mask: bool [batch, keys], False where a row is padded. A padded position sees only
+    itself, so that its softmax stays finite; nothing reads its result.
+    """
+    keys = attention_mask.shape[1]
+    key_index = torch.arange(keys, device=attention_mask.device)
+    query_index = key_index[keys - queries :]
+    causal = key_index[None] <= query_index[:, None]  # [queries, keys]
+    itself = key_index[None] == query_index[:, None]
+    return causal[None] & attention_mask[:, None, :].bool() | itself[None]
+
+
+def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """Grouped-query attention without repeating keys.
+
+    queries: [batch, heads, length, head_dim]; keys, values: [batch, key_value_heads, total, head_dim];
+    visible: bool [batch or 1, length, total], or None for plain causal attention. Returns like `queries`.
+    """
+    batch, heads, length, head_dim = queries.shape
+    groups = heads // keys.shape[1]
+    if visible is None and length > 1:
+        return F.scaled_dot_product_attention(
+            queries, keys, values, is_causal=True, enable_gqa=groups > 1
+        )
+    # The query heads of a group become further query positions of their one key head.
+    folded = queries.reshape(batch, keys.shape[1], groups * length, head_dim)
+    mask = None if visible is None else visible[:, None].repeat(1, 1, groups, 1)
+    mixed = F.scaled_dot_product_attention(folded, keys, values, attn_mask=mask)
+    return mixed.reshape(batch, heads, length, head_dim)
+
+
+class LayerCache:
+    """Keys and values of one layer in buffers allocated once."""
+
+    def __init__(self, keys: Tensor, values: Tensor):
+        self.keys, self.values, self.length = keys, values, 0
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Store new keys and values [batch, heads, new, head_dim]; return all so far (views)."""
+        end = self.length + keys.shape[2]
+        self.keys[:, :, self.length : end] = keys
+        self.values[:, :, self.length : end] = values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+class KeyValueCache:
+    """The cache of a whole decoder: `capacity` positions for `batch` rows, allocated once."""
+
+    def __init__(self, config: DecoderConfig, *, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
+        shape = (batch, config.key_value_heads, capacity, config.head_dim)
+        self.layers = [
+            LayerCache(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+            for _ in range(config.layers)
+        ]
+
+    @property
+    def length(self) -> int:
+        """Positions stored so far."""
+        return self.layers[0].length
+
+
+class DecoderLayer:
+    """Attention and gated MLP with pre-normalisation, as Llama, InternLM2 and Qwen2 share them.
+
+    linears: one callable for each name of `LINEARS`; norms: weights named as in `NORMS`, and
+    `self_attn.q_norm` / `self_attn.k_norm` where the config asks for them.
+    """
+
+    def __init__(self, config: DecoderConfig, linears: Mapping[str, Linear], norms: Mapping[str, Tensor]):
+        self.config, self.linears, self.norms = config, linears, norms
+
+    def __call__(
+        self,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        *,
+        visible: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """Transform `hidden` [batch, length, hidden_size]; `visible` as in `attend`."""
+        normed = rms_norm(hidden, self.norms["input_layernorm"], self.config.norm_eps)
+        hidden = hidden + self.attention(normed, rotary, visible=visible, cache=cache)
+        normed = rms_norm(hidden, self.norms["post_attention_layernorm"], self.config.norm_eps)
+        return hidden + self.mlp(normed)
+
+    def attention(self, x: Tensor, rotary, *, visible: Tensor | None, cache: LayerCache | None) -> Tensor:
+        """Self-attention over normalised `x` [batch, length, hidden_size]."""
+        queries, keys, values = (self._heads(name, x) for name in ("q_proj", "k_proj", "v_proj"))
+        if self.config.query_key_norm:
+            queries = rms_norm(queries, self.norms["self_attn.q_norm"], self.config.norm_eps)
+            keys = rms_norm(keys, self.norms["self_attn.k_norm"], self.config.norm_eps)
+        queries, keys = rotate(queries, rotary), rotate(keys, rotary)
+        if cache is not None:
+            keys, values = cache.append(keys, values)
+        mixed = attend(queries, keys, values, visible)
+        return self.linears["self_attn.o_proj"](mixed.transpose(1, 2).flatten(2))  # [batch, length, hidden]
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """SwiGLU over normalised `x` [batch, length, hidden_size]."""
+        gate = F.silu(self.linears["mlp.gate_proj"](x))
+        return self.linears["mlp.down_proj"](gate * self.linears["mlp.up_proj"](x))
+
+    def _heads(self, name: str, x: Tensor) -> Tensor:
+        projected = self.linears[f"self_attn.{name}"](x)
+        return projected.unflatten(-1, (-1, self.config.head_dim)).transpose(1, 2)  # [batch, heads, length, head_dim]
+
+
+class Decoder:
+    """Embedding, layers, final norm and head.
+
+    embedding: [vocab, hidden_size]; head: callable from hidden to logits.
+    """
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        *,
+        embedding: Tensor,
+        layers: Sequence[DecoderLayer],
+        norm: Tensor,
+        head: Linear,
+    ):
+        self.config, self.embedding, self.layers = config, embedding, layers
+        self.norm, self.head = norm, head
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""
+        return F.embedding(ids, self.embedding)
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        all_positions: bool = False,
+    ) -> Tensor:
+        """Logits float32 [batch, 1, vocab] of the last position, or of all with `all_positions`.
+
+        embeddings: [batch, length, hidden_size]; attention_mask: bool [batch, cached + length],
+        False where a row is padded on the left. Positions count the unmasked, as the original does.
+        """
+        batch, length, _ = embeddings.shape
+        total = length + (cache.length if cache else 0)
+        if attention_mask is None:
+            attention_mask = torch.ones(batch, total, dtype=torch.bool, device=embeddings.device)
+        positions = attention_mask.long().cumsum(-1) - 1
+        positions = positions.masked_fill(~attention_mask.bool(), 1)[:, -length:]
+        padded = not bool(attention_mask.all())
+        plain = not padded and (length == 1 or total == length)
+        visible = None if plain else visible_keys(attention_mask, length)
+        hidden = self.run_layers(embeddings, positions, visible=visible, cache=cache)
+        return self.logits(hidden if all_positions else hidden[:, -1:])
+
+    def run_layers(
+        self, hidden: Tensor, positions: Tensor, *, visible: Tensor | None, cache: KeyValueCache | None = None
+    ) -> Tensor:
+        """Hidden states [batch, length, hidden_size] after the last layer, before the final norm."""
+        rotary = rotary_tables(positions, self.config)
+        for index, layer in enumerate(self.layers):
+            hidden = layer(hidden, rotary, visible=visible, cache=cache.layers[index] if cache else None)
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [batch, length, vocab] of hidden states."""
+        return self.head(rms_norm(hidden, self.norm, self.config.norm_eps)).float()
+
+
+def float_layer(tensors: Mapping[str, Tensor], config: DecoderConfig) -> DecoderLayer:
+    """A layer from float tensors under their relative names ("self_attn.q_proj.weight", ...)."""
+    linears = {name: FloatLinear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in LINEARS}
+    names = NORMS + (("self_attn.q_norm", "self_attn.k_norm") if config.query_key_norm else ())
+    return DecoderLayer(config, linears, {name: tensors[f"{name}.weight"] for name in names})
