@@ -1,0 +1,162 @@
+"""Training batches of the demo model: pictures to tiles, questions to packed token rows, drawings to cell labels.
+
+One row holds one scene. Its questions share the prompt up to the pictures and do not see each
+other, so that a row trains exactly what separate prompts would, for the price of one prefix.
+"""
+
+from dataclasses import dataclass
+from os.path import commonprefix
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vlquant.calib_data.drawing import COLORS, SHAPES, SYMBOLS, Picture
+from vlquant.calib_data.samples import Sample
+from vlquant.config import ModelConfig
+from vlquant.prompt import TEMPLATES, build_prompt, expand_images, frame_placeholders, picture_placeholders
+from vlquant.tiling import choose_grid, cut_tiles, normalize
+from vlquant.tokenizer import Tokenizer
+
+IGNORE = -100
+SYMBOLS_PER_CELL = 3
+"""A visual token covers 28 pixels, at most three symbols of a line."""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scene, encoded."""
+
+    sample: Sample
+    ids: list[int]
+    positions: list[int]
+    segments: list[int]
+    """0: shared prefix; n: the n-th question."""
+    targets: list[int]
+    """Next token where it belongs to an answer, else IGNORE."""
+    tiles: list[Image.Image]
+    cells: Tensor
+    """int64 [tiles, tokens, SYMBOLS_PER_CELL + 2]: symbols left to right, shape, colour; 0 is none."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded on the right, all tiles in a row."""
+
+    rows: list[Row]
+    ids: Tensor
+    positions: Tensor
+    visible: Tensor
+    targets: Tensor
+    pixel_values: Tensor
+    cells: Tensor
+
+
+def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> Row:
+    """Encode a scene's pictures and all its questions."""
+    tiles, cells, counts = [], [], []
+    for picture in sample.pictures:
+        cut, labels = cut_picture(picture, config, max_tiles=1 if sample.video else config.chat.max_tiles)
+        tiles += cut
+        cells.append(labels)
+        counts.append(len(cut))
+    prompts = [encode_question(sample, number, counts, config, tokenizer) for number in range(len(sample.questions))]
+    shared = len(commonprefix([prompt for prompt, _ in prompts])) if len(prompts) > 1 else 0
+    row = Row(sample, *pack_questions(prompts, shared), tiles, join_cells(cells, config))
+    return row
+
+
+def encode_question(sample: Sample, number: int, counts: list[int], config: ModelConfig, tokenizer: Tokenizer):
+    """Prompt ids and answer ids (stop token included) of one question."""
+    template = TEMPLATES[config.chat.template]
+    placeholders = ""
+    if counts:
+        placeholders = frame_placeholders(len(counts)) if sample.video else picture_placeholders(len(counts))
+    question = sample.questions[number]
+    prompt = build_prompt(template, [(placeholders + question.text, None)])
+    prompt_ids = tokenizer.encode(expand_images(prompt, counts, config.chat.tokens_per_tile))
+    bos = tokenizer.encode("")
+    answer_ids = tokenizer.encode(question.answer)[len(bos) :] + [tokenizer.token_id(template.stop_token)]
+    return prompt_ids, answer_ids
+
+
+def pack_questions(prompts: list[tuple[list[int], list[int]]], shared: int) -> tuple[list[int], ...]:
+    """Ids, positions, segments and targets of a row whose prompts share their first `shared` ids."""
+    ids, positions = prompts[0][0][:shared], list(range(shared))
+    segments, targets = [0] * shared, [IGNORE] * shared
+    for number, (prompt, answer) in enumerate(prompts, start=1):
+        own = prompt[shared:] + answer[:-1]
+        ids += own
+        positions += range(shared, shared + len(own))
+        segments += [number] * len(own)
+        targets += [IGNORE] * (len(own) - len(answer)) + answer
+    return ids, positions, segments, targets
+
+
+def cut_picture(picture: Picture, config: ModelConfig, *, max_tiles: int):
+    """Tiles as the original cuts them, and what is drawn under each visual token of each tile."""
+    chat = config.chat
+    limits = {"max_tiles": max_tiles, "min_tiles": chat.min_tiles, "image_size": chat.image_size}
+    tiles = cut_tiles(picture.image, use_thumbnail=chat.use_thumbnail, **limits)
+    columns, rows = choose_grid(*picture.size, **limits)
+    cells = [label_cells(picture, columns, rows, config)]
+    cells = cells[0].unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    if len(tiles) > columns * rows:
+        thumbnail = label_cells(picture, 1, 1, config)
+        thumbnail[..., :SYMBOLS_PER_CELL] = 0  # Too small to read there.
+        cells = torch.cat((cells, thumbnail.flatten(0, 1)[None]))
+    return tiles, cells
+
+
+def label_cells(picture: Picture, columns: int, rows: int, config: ModelConfig) -> Tensor:
+    """Labels int64 [rows * side, columns * side, SYMBOLS_PER_CELL + 2] of the grid's visual tokens."""
+    side = int(config.chat.tokens_per_tile**0.5)
+    labels = torch.zeros(rows * side, columns * side, SYMBOLS_PER_CELL + 2, dtype=torch.long)
+    width, height = picture.size
+    for glyph in sorted(picture.glyphs, key=lambda each: each.x):
+        if glyph.symbol not in SYMBOLS:
+            continue
+        cell = labels[cell_index(glyph.y / height, rows * side), cell_index(glyph.x / width, columns * side)]
+        used = int((cell[:SYMBOLS_PER_CELL] > 0).sum())
+        if used < SYMBOLS_PER_CELL:
+            cell[used] = 1 + SYMBOLS.index(glyph.symbol)
+    for figure in picture.figures:
+        left, top, right, bottom = figure.box
+        cell = labels[
+            cell_index((top + bottom) / 2 / height, rows * side), cell_index((left + right) / 2 / width, columns * side)
+        ]
+        cell[-2], cell[-1] = 1 + SHAPES.index(figure.shape), 1 + list(COLORS).index(figure.color)
+    return labels
+
+
+def cell_index(fraction: float, count: int) -> int:
+    return min(max(int(fraction * count), 0), count - 1)
+
+
+def join_cells(cells: list[Tensor], config: ModelConfig) -> Tensor:
+    empty = torch.zeros(0, config.chat.tokens_per_tile, SYMBOLS_PER_CELL + 2, dtype=torch.long)
+    return torch.cat([empty, *cells])
+
+
+def collate(rows: list[Row], pad_id: int) -> Batch:
+    """Pad rows on the right and build who-sees-whom: own question and shared prefix, backwards only."""
+    longest = max(len(row.ids) for row in rows)
+    tiles = [tile for row in rows for tile in row.tiles]
+
+    def padded(name: str, fill: int) -> Tensor:
+        lists = [getattr(row, name) for row in rows]
+        return torch.tensor([each + [fill] * (longest - len(each)) for each in lists])
+
+    segments = padded("segments", -1)
+    steps = torch.arange(longest)
+    same = (segments[:, None, :] == segments[:, :, None]) | (segments[:, None, :] == 0)
+    return Batch(
+        rows,
+        padded("ids", pad_id),
+        padded("positions", 0),
+        same & (steps[None, :, None] >= steps[None, None, :]),
+        padded("targets", IGNORE),
+        normalize(tiles) if tiles else torch.empty(0),
+        torch.cat([row.cells for row in rows]),
+    )
+

@@ -1,0 +1,300 @@
+"""One function per kind of question: draw pictures with a random generator and ask about them."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vlquant.calib_data import drawing
+from vlquant.calib_data.drawing import CELL, COLORS, INK, SHAPES, SYMBOLS, Box, Picture
+
+LABELS = ("NAME", "CODE", "CITY", "DATE", "ROOM", "UNIT", "PAGE", "TYPE", "BANK", "SHIP", "FLAT", "TEAM")
+ITEMS = (
+    "TEA", "MILK", "RICE", "SOAP", "CAKE", "BREAD", "FISH", "SALT", "PEAR", "LAMP",
+    "PEN", "CORN", "EGGS", "BEER", "WINE", "JAM", "SUGAR", "HONEY", "PASTA", "COLA",
+)  # fmt: skip
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+LINE = 28
+"""Pixels from one line of text to the next."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question, its one right answer, and whether it needs more than one tile."""
+
+    text: str
+    answer: str
+    kind: str
+    crosses_tiles: bool = False
+    """The answer needs content of several tiles, or a tile's place in the picture."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Pictures and the questions about them."""
+
+    pictures: tuple[Picture, ...]
+    questions: tuple[Question, ...]
+    video: bool = False
+
+
+def random_word(chance: random.Random, shortest: int = 3, longest: int = 8) -> str:
+    return "".join(chance.choice(SYMBOLS) for _ in range(chance.randint(shortest, longest)))
+
+
+def spans_tiles(*boxes: Box) -> bool:
+    """Whether the corners of `boxes` lie in more than one tile."""
+    corners = [(x // CELL, y // CELL) for box in boxes for x, y in ((box[0], box[1]), (box[2], box[3]))]
+    return len(set(corners)) > 1
+
+
+def line_heights(chance: random.Random, height: int, count: int) -> list[float]:
+    """Vertical centres of `count` text lines, evenly pitched, anywhere they fit."""
+    start = chance.uniform(LINE / 2, height - count * LINE + LINE / 2)
+    return [start + index * LINE for index in range(count)]
+
+
+def document(chance: random.Random) -> Scene:
+    """Labelled fields, label on the left and value on the right."""
+    columns, rows = chance.choice(((2, 1), (2, 2), (2, 2), (2, 3), (3, 2), (3, 1), (3, 3)))
+    page = drawing.blank_page(columns, rows, chance)
+    width, height = page.size
+    count = chance.randint(3, min(8, rows * 4 - 1))
+    labels = chance.sample(LABELS, count)
+    value_left = chance.uniform(84, width - drawing.text_width("00000000") - 4)
+    questions = []
+    for label, y in zip(labels, line_heights(chance, height, count), strict=True):
+        value = random_word(chance)
+        label_box = drawing.draw_text(page, label, x=chance.uniform(4, 16), y=y, color="blue")
+        value_box = drawing.draw_text(page, value, x=value_left, y=y)
+        asked = f"What is the {label.lower()}?"
+        questions.append(Question(asked, value, "document", spans_tiles(label_box, value_box)))
+    return Scene((page,), tuple(chance.sample(questions, min(5, count))))
+
+
+def receipt(chance: random.Random) -> Scene:
+    """Items with prices and, below a ruling, their total."""
+    columns, rows = chance.choice(((2, 2), (2, 2), (2, 3), (3, 2), (3, 3)))
+    page = drawing.blank_page(columns, rows, chance)
+    width, height = page.size
+    count = chance.randint(3, min(8, rows * 4 - 2))
+    items = chance.sample(ITEMS, count)
+    cents = [chance.randint(50, 1999) for _ in items]
+    lines = [*zip(items, cents, strict=True), ("TOTAL", sum(cents))]
+    right, left = width - chance.uniform(6, 20), chance.uniform(6, 20)
+    questions = []
+    for (item, price), y in zip(lines, line_heights(chance, height, count + 1), strict=True):
+        text = f"{price / 100:.2f}"
+        if item == "TOTAL":
+            drawing.draw_line(page, (left, y - LINE / 2), (right, y - LINE / 2))
+        item_box = drawing.draw_text(page, item, x=left, y=y)
+        price_box = drawing.draw_text(page, text, x=right - drawing.text_width(text), y=y)
+        asked = "What is the total?" if item == "TOTAL" else f"What is the price of {item.lower()}?"
+        questions.append(Question(asked, text, "receipt", spans_tiles(item_box, price_box)))
+    return Scene((page,), (questions[-1], *chance.sample(questions[:-1], min(4, count))))
+
+
+def chart(chance: random.Random) -> Scene:
+    """Bars of height 1 to 20 named by letters, with rulings at every five."""
+    columns = chance.choice((2, 2, 3))
+    page = drawing.blank_page(columns, 2, chance)
+    width, height = page.size
+    unit, base, left = 9, height - 34, 34
+    for mark in (5, 10, 15, 20):
+        drawing.draw_line(page, (left, base - mark * unit), (width - 4, base - mark * unit))
+        drawing.draw_text(page, f"{mark:>2}", x=4, y=base - mark * unit, size=16)
+    count = chance.randint(3, 8 if columns == 3 else 6)
+    names, values = chance.sample(LETTERS, count), chance.sample(range(1, 21), count)
+    slot = (width - left - 6) / count
+    color = chance.choice(("red", "green", "blue", "purple", "orange"))
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
+        middle = left + slot * (index + 0.5)
+        half = min(slot * 0.36, 16)
+        drawing.draw_bar(page, (middle - half, base - value * unit, middle + half, base), color)
+        drawing.draw_text(page, name, x=middle - drawing.text_width(name) / 2, y=base + 18)
+    asked = [(f"What is the value of bar {name}?", str(value)) for name, value in zip(names, values, strict=True)]
+    asked = chance.sample(asked, min(4, count))
+    asked.append(("Which bar is the tallest?", names[values.index(max(values))]))
+    asked.append(("Which bar is the shortest?", names[values.index(min(values))]))
+    chance.shuffle(asked)
+    return Scene((page,), tuple(Question(text, answer, "chart", True) for text, answer in asked))
+
+
+def text(chance: random.Random) -> Scene:
+    """One to three coloured words anywhere on a page."""
+    columns, rows = chance.choice(((1, 1), (2, 1), (2, 2), (3, 1), (1, 2), (3, 2)))
+    page = drawing.blank_page(columns, rows, chance)
+    width, height = page.size
+    count = chance.randint(1, 3)
+    slots = chance.sample(range(rows * 4), count)
+    questions = []
+    for slot, color in zip(slots, chance.sample(INK, count), strict=True):
+        word = random_word(chance)
+        x = chance.uniform(2, width - drawing.text_width(word) - 2)
+        y = slot * LINE + LINE / 2 + chance.uniform(-3, 3)
+        box = drawing.draw_text(page, word, x=x, y=y, color=color)
+        asked = "What does the text say?" if count == 1 else f"What does the {color} text say?"
+        questions.append(Question(asked, word, "text", spans_tiles(box)))
+    return Scene((page,), tuple(questions))
+
+
+def scatter(chance: random.Random, figures: list[tuple[str, str]], columns: int, rows: int) -> Picture:
+    """Shapes (shape, colour), each in its own cell of half a tile, in no order."""
+    page = drawing.blank_page(columns, rows, chance)
+    half = CELL / 2
+    cells = chance.sample([(x, y) for x in range(columns * 2) for y in range(rows * 2)], len(figures))
+    for (shape, color), (column, row) in zip(figures, cells, strict=True):
+        radius = chance.uniform(15, 24)
+        slack = half / 2 - radius
+        center = [half * (cell + 0.5) + chance.uniform(-slack, slack) for cell in (column, row)]
+        drawing.draw_figure(page, shape, color, center=tuple(center), radius=radius)
+    return page
+
+
+def any_figures(chance: random.Random, count: int, *, without_shape=None, without_color=None) -> list[tuple[str, str]]:
+    shapes = [shape for shape in SHAPES if shape != without_shape]
+    colors = [color for color in COLORS if color != without_color]
+    return [(chance.choice(shapes), chance.choice(colors)) for _ in range(count)]
+
+
+def count(chance: random.Random) -> Scene:
+    """One to nine shapes of a kind, or of a colour, among others."""
+    columns, rows = chance.choice(((2, 2), (2, 2), (3, 2)))
+    target, others = chance.randint(1, 9), chance.randint(0, 5)
+    if chance.random() < 0.5:
+        shape = chance.choice(SHAPES)
+        figures = [(shape, chance.choice(list(COLORS))) for _ in range(target)]
+        figures += any_figures(chance, others, without_shape=shape)
+        asked = f"How many {plural(shape)} are there?"
+    else:
+        color = chance.choice(list(COLORS))
+        figures = [(chance.choice(SHAPES), color) for _ in range(target)]
+        figures += any_figures(chance, others, without_color=color)
+        asked = f"How many {color} shapes are there?"
+    page = scatter(chance, figures, columns, rows)
+    return Scene((page,), (Question(asked, str(target), "count", True),))
+
+
+def plural(shape: str) -> str:
+    return shape + ("es" if shape == "cross" else "s")
+
+
+def yes_no(chance: random.Random) -> Scene:
+    """Whether a coloured shape is there; the wrong ones mix what is there."""
+    columns, rows = chance.choice(((1, 1), (2, 1), (2, 2), (1, 2)))
+    figures = any_figures(chance, chance.randint(2, 4))
+    page = scatter(chance, figures, columns, rows)
+    present = sorted(set(figures))
+    mixed = sorted({(a[0], b[1]) for a in figures for b in figures} - set(present))
+    absent = mixed + [pair for pair in any_figures(chance, 6) if pair not in figures]
+    asked = [(pair, "yes") for pair in chance.sample(present, min(2, len(present)))]
+    asked += [(pair, "no") for pair in absent[: len(asked)]]
+    chance.shuffle(asked)
+    questions = [Question(f"Is there {article(color)} {color} {shape}?", answer, "yes_no") for (shape, color), answer in asked]
+    return Scene((page,), tuple(questions))
+
+
+def article(word: str) -> str:
+    return "an" if word[0] in "aeiou" else "a"
+
+
+def choice(chance: random.Random) -> Scene:
+    """Six options, one of them the colour of the only shape of its kind."""
+    columns, rows = chance.choice(((1, 1), (2, 1), (2, 2), (1, 2)))
+    shapes = chance.sample(SHAPES, chance.randint(2, 4))
+    figures = [(shape, chance.choice(list(COLORS))) for shape in shapes]
+    page = scatter(chance, figures, columns, rows)
+    questions = []
+    for shape, color in figures[:3]:
+        options = chance.sample([other for other in COLORS if other != color], 5)
+        options.insert(chance.randrange(6), color)
+        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEF", options, strict=True))
+        asked = f"What color is the {shape}?\n{listed}"
+        questions.append(Question(asked, "ABCDEF"[options.index(color)], "choice"))
+    return Scene((page,), tuple(questions))
+
+
+def locate(chance: random.Random) -> Scene:
+    """Boxes of shapes, in thousandths of the picture's sides (rounded to tens)."""
+    columns, rows = chance.choice(((2, 2), (2, 1), (1, 2), (3, 2), (2, 3)))
+    page = drawing.blank_page(columns, rows, chance)
+    width, height = page.size
+    cells = [(x, y) for x in range(columns) for y in range(rows)]
+    cells = chance.sample(cells, chance.randint(min(2, len(cells)), min(4, len(cells))))
+    questions = []
+    for (column, row), shape in zip(cells, chance.sample(SHAPES, len(cells)), strict=True):
+        radius = chance.uniform(24, 50)
+        slack = CELL / 2 - radius
+        center = tuple(CELL * (cell + 0.5) + chance.uniform(-slack, slack) for cell in (column, row))
+        figure = drawing.draw_figure(page, shape, chance.choice(list(COLORS)), center=center, radius=radius)
+        sides = [round(100 * side / length) * 10 for side, length in zip(figure.box, (width, height) * 2, strict=True)]
+        asked = f"Please provide the bounding box coordinate of the region this sentence describes: <ref>{shape}</ref>"
+        questions.append(Question(asked, f"[[{', '.join(map(str, sides))}]]", "locate", True))
+    return Scene((page,), tuple(questions[-3:]))
+
+
+def several(chance: random.Random) -> Scene:
+    """Two or three pictures with a word each; the question names one."""
+    pictures, questions = [], []
+    for number in range(1, chance.randint(2, 3) + 1):
+        columns = chance.choice((1, 1, 2))
+        page = drawing.blank_page(columns, 1, chance)
+        word = random_word(chance)
+        x = chance.uniform(2, page.size[0] - drawing.text_width(word) - 2) if len(word) < 9 else 2
+        y = chance.uniform(LINE / 2, CELL - LINE / 2)
+        box = drawing.draw_text(page, word, x=x, y=y, color=chance.choice(INK))
+        pictures.append(page)
+        questions.append(Question(f"What does Image-{number} say?", word, "several", spans_tiles(box)))
+    return Scene(tuple(pictures), tuple(questions))
+
+
+def video(chance: random.Random) -> Scene:
+    """Six to eight frames with one shape each; one of them differs from its neighbours."""
+    length = chance.randint(6, 8)
+    seen = chance.sample([(shape, color) for shape in SHAPES for color in COLORS], length)
+    frames = []
+    for shape, color in seen:
+        frame = drawing.blank_page(1, 1, chance)
+        radius = chance.uniform(18, 40)
+        center = tuple(chance.uniform(radius, CELL - radius) for _ in range(2))
+        drawing.draw_figure(frame, shape, color, center=center, radius=radius)
+        frames.append(frame)
+    questions = []
+    for index in chance.sample(range(length), 5):
+        shape, color = seen[index]
+        if chance.random() < 0.6:
+            asked, answer = f"Which frame shows the {color} {shape}?", f"Frame{index + 1}"
+        else:
+            asked, answer = f"What color is the shape in Frame{index + 1}?", color
+        questions.append(Question(asked, answer, "video", True))
+    return Scene(tuple(frames), tuple(questions), video=True)
+
+
+def text_only(chance: random.Random) -> Scene:
+    """Questions without a picture, about the word they contain."""
+    word = random_word(chance)
+    index = chance.randrange(1, len(word))
+    asked = [
+        (f"Repeat {word}", word),
+        (f"Spell {word} backwards", word[::-1]),
+        (f"What is the first symbol of {word}?", word[0]),
+        (f"What is the last symbol of {word}?", word[-1]),
+    ]
+    if word.count(word[index - 1]) == 1:
+        asked.append((f"Which symbol follows {word[index - 1]} in {word}?", word[index]))
+    chance.shuffle(asked)
+    return Scene((), tuple(Question(text, answer, "text_only") for text, answer in asked[:4]))
+
+
+SCENES: dict[str, Callable[[random.Random], Scene]] = {
+    "document": document,
+    "receipt": receipt,
+    "chart": chart,
+    "text": text,
+    "count": count,
+    "yes_no": yes_no,
+    "choice": choice,
+    "locate": locate,
+    "several": several,
+    "video": video,
+    "text_only": text_only,
+}

@@ -1,0 +1,206 @@
+"""The model while it is being trained: parameters, optimizers and their checkpoint."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from vlquant.calib_data.batches import SYMBOLS_PER_CELL
+from vlquant.calib_data.drawing import COLORS, SHAPES, SYMBOLS
+from vlquant.config import ModelConfig
+from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
+from vlquant.vision import VisionConfig, vision_features
+
+GRADIENT_LIMIT = 1.0
+MATRIX_TO_VECTOR_RATE = 0.2
+"""AdamW's learning rate as a part of Muon's."""
+
+
+class Student:
+    """Float parameters under canonical names, and two optimizers: Muon for matrices, AdamW for the rest."""
+
+    def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cell_head: Tensor, image_token: int):
+        self.config, self.weights, self.cell_head, self.image_token = config, weights, cell_head, image_token
+        self.vision_weights = {name.removeprefix("model."): each for name, each in weights.items()}
+        self.decoder = student_decoder(config.decoder, weights)
+        matrices = {name: each for name, each in weights.items() if is_hidden_matrix(name, each)}
+        vectors = {name: each for name, each in weights.items() if name not in matrices} | {"cell_head": cell_head}
+        self.optimizers = {
+            "matrices": torch.optim.Muon(matrices.values(), lr=0.0, momentum=0.95, weight_decay=0.01),
+            "vectors": torch.optim.AdamW(vectors.values(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+        }
+
+    def features(self, pixel_values: Tensor) -> Tensor:
+        return vision_features(pixel_values, self.vision_weights, self.config.vision)
+
+    def cell_logits(self, features: Tensor) -> Tensor:
+        return F.linear(features, self.cell_head)
+
+    def set_rate(self, rate: float) -> None:
+        """Set both learning rates from the matrices' one."""
+        for name, optimizer in self.optimizers.items():
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (1.0 if name == "matrices" else MATRIX_TO_VECTOR_RATE)
+
+    def step(self, loss: Tensor) -> None:
+        """Back-propagate `loss`, average the gradients of all processes and update."""
+        loss.backward()
+        parameters = [*self.weights.values(), self.cell_head]
+        average_gradients(parameters)
+        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_LIMIT)
+        for optimizer in self.optimizers.values():
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+
+def average_gradients(parameters: list[Tensor]) -> None:
+    """Replace each gradient by its mean over all processes; a parameter unused by one counts as zero there."""
+    for each in parameters:
+        if each.grad is None:
+            each.grad = torch.zeros_like(each)
+    flat = torch.cat([each.grad.flatten() for each in parameters])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    for each, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
+        each.grad.copy_(part.view_as(each))
+
+
+def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
+    return tensor.ndim == 2 and not any(part in name for part in ("embed", "lm_head"))
+
+
+def student_decoder(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
+    prefix = "model.language_model."
+    layers = []
+    for index in range(config.layers):
+        own = f"{prefix}layers.{index}."
+        tensors = {name.removeprefix(own): each for name, each in weights.items() if name.startswith(own)}
+        layers.append(float_layer(tensors, config))
+    return Decoder(
+        config,
+        embedding=weights[prefix + "embed_tokens.weight"],
+        layers=layers,
+        norm=weights[prefix + "norm.weight"],
+        head=FloatLinear(weights["lm_head.weight"]),
+    )
+
+
+def create_student(config: ModelConfig, seed: int, image_token: int) -> Student:
+    """A student with fresh weights."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = vision_shapes(config.vision, config.decoder.hidden_size) | decoder_shapes(config.decoder)
+    weights = {name: nn.Parameter(initial(name, shape, generator)) for name, shape in shapes.items()}
+    classes = SYMBOLS_PER_CELL * (1 + len(SYMBOLS)) + 2 + len(SHAPES) + len(COLORS)
+    cell_head = nn.Parameter(torch.randn(classes, config.decoder.hidden_size, generator=generator) * 0.02)
+    return Student(config, weights, cell_head, image_token)
+
+
+def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Ones for scales, zeros for biases and for matrices that end a residual branch, else scaled noise."""
+    if "norm" in name and name.endswith("weight") or "lambda" in name:
+        return torch.ones(shape)
+    if name.endswith("bias") or any(end in name for end in ("o_proj", "down_proj", "projection_layer", "fc2")):
+        return torch.zeros(shape)
+    if "embed" in name and "projection" not in name or name == "lm_head.weight":
+        return torch.randn(shape, generator=generator) * 0.02
+    fan_in = torch.Size(shape[1:]).numel()
+    return torch.randn(shape, generator=generator) * fan_in**-0.5
+
+
+def vision_shapes(config: VisionConfig, language_hidden: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the vision tower's and the projector's tensors."""
+    size, inner = config.hidden_size, config.intermediate_size
+    tower = "model.vision_tower."
+    shapes = {
+        tower + "embeddings.cls_token": (1, 1, size),
+        tower + "embeddings.position_embeddings": (1, config.patches_per_side**2 + 1, size),
+        tower + "embeddings.patch_embeddings.projection.weight": (size, 3, config.patch_size, config.patch_size),
+        tower + "embeddings.patch_embeddings.projection.bias": (size,),
+    }
+    for index in range(config.layers):
+        layer = f"{tower}encoder.layer.{index}."
+        linears = {f"attention.{name}": (size, size) for name in ("q_proj", "k_proj", "v_proj", "projection_layer")}
+        linears |= {"mlp.fc1": (inner, size), "mlp.fc2": (size, inner)}
+        for name, shape in linears.items():
+            shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
+        for name in ("layernorm_before", "layernorm_after"):
+            shapes |= {f"{layer}{name}.weight": (size,), f"{layer}{name}.bias": (size,)}
+        shapes |= {f"{layer}lambda_1": (size,), f"{layer}lambda_2": (size,)}
+    wide = int(size / config.downsample_ratio**2)
+    projector = "model.multi_modal_projector."
+    for name, shape in (("linear_1", (language_hidden, wide)), ("linear_2", (language_hidden, language_hidden))):
+        shapes |= {f"{projector}{name}.weight": shape, f"{projector}{name}.bias": shape[:1]}
+    return shapes | {projector + "layer_norm.weight": (wide,), projector + "layer_norm.bias": (wide,)}
+
+
+def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the language model's tensors."""
+    size, inner = config.hidden_size, config.intermediate_size
+    queries, keys = config.heads * config.head_dim, config.key_value_heads * config.head_dim
+    prefix = "model.language_model."
+    shapes = {
+        prefix + "embed_tokens.weight": (config.vocab_size, size),
+        prefix + "norm.weight": (size,),
+        "lm_head.weight": (config.vocab_size, size),
+    }
+    for index in range(config.layers):
+        layer = f"{prefix}layers.{index}."
+        shapes |= {
+            layer + "self_attn.q_proj.weight": (queries, size),
+            layer + "self_attn.k_proj.weight": (keys, size),
+            layer + "self_attn.v_proj.weight": (keys, size),
+            layer + "self_attn.o_proj.weight": (size, queries),
+            layer + "mlp.gate_proj.weight": (inner, size),
+            layer + "mlp.up_proj.weight": (inner, size),
+            layer + "mlp.down_proj.weight": (size, inner),
+            layer + "input_layernorm.weight": (size,),
+            layer + "post_attention_layernorm.weight": (size,),
+        }
+    return shapes
+
+
+def save_checkpoint(student: Student, folder: Path, progress: dict) -> None:
+    """Write weights, optimizer state and progress into one file, whole or not at all.
+
+    Pictures follow from the step, and nothing else in training is random: the step is the random state.
+    """
+    tensors = {f"weights.{name}": each.detach() for name, each in student.weights.items()}
+    tensors["cell_head"] = student.cell_head.detach()
+    for kind, optimizer in student.optimizers.items():
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{kind}.{index}.{name}": each for name, each in state.items()}
+    partial = folder / "training.partial"
+    save_file(tensors, partial, metadata={"progress": json.dumps(progress)})
+    os.replace(partial, folder / "training.safetensors")
+
+
+def load_checkpoint(student: Student, folder: Path) -> dict:
+    """Restore what `save_checkpoint` wrote; an empty dict when there is nothing to continue from."""
+    path = folder / "training.safetensors"
+    if not path.exists():
+        return {}
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, weight in student.weights.items():
+            weight.copy_(tensors[f"weights.{name}"])
+        student.cell_head.copy_(tensors["cell_head"])
+    for kind, optimizer in student.optimizers.items():
+        state: dict[int, dict[str, Tensor]] = {}
+        prefix = f"optimizer.{kind}."
+        for name, each in tensors.items():
+            if name.startswith(prefix):
+                index, field = name.removeprefix(prefix).split(".", 1)
+                state.setdefault(int(index), {})[field] = each
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
+    return json.loads(read_metadata(path)["progress"])
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(length))["__metadata__"]

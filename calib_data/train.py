@@ -1,0 +1,205 @@
+"""Train the demo model: `python -m vlquant.calib_data.train OUTPUT --minutes 120`.
+
+Three phases: the vision tower alone learns to name what is drawn under each visual token, the
+language model alone learns to read them, then everything learns everything. Killed and started
+again, it continues from its last checkpoint.
+"""
+
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.distributed
+import torch.multiprocessing
+import torch.nn.functional as F
+import typer
+from torch import Tensor
+
+from vlquant.calib_data.batches import IGNORE, SYMBOLS_PER_CELL, Batch, Row, collate, encode_sample
+from vlquant.calib_data.demo_config import demo_config
+from vlquant.calib_data.drawing import COLORS, SHAPES, SYMBOLS
+from vlquant.calib_data.publish import publish
+from vlquant.calib_data.samples import KINDS, draw_sample
+from vlquant.calib_data.student import Student, create_student, load_checkpoint, save_checkpoint
+from vlquant.calib_data.vocabulary import write_json, write_tokenizer
+from vlquant.config import read_config
+from vlquant.tokenizer import load_tokenizer
+
+@dataclass(frozen=True)
+class Phase:
+    """A part of the training time."""
+
+    name: str
+    until: float
+    """End, as a part of the whole time."""
+    kinds: tuple[str, ...]
+
+
+PHASES = (
+    Phase("see", 0.12, KINDS),
+    # In the full mixture reading stays undiscovered for very long; alone it takes some hundred steps.
+    Phase("read", 0.26, ("text", "text_only", "several", "document", "video", "text", "choice")),
+    Phase("answer", 1.0, KINDS),
+)
+DECAY_SHARE = 0.4
+"""Part of the time, at the end, in which the learning rate falls to zero."""
+CELL_LOSS_WEIGHT = 0.15
+ROWS = 16
+"""Scenes of a process's batch."""
+POOL = 8
+"""Batches drawn at once and sorted by length, so that little is padding."""
+SAVE_SECONDS = 300
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The command's options."""
+
+    output: Path
+    minutes: float
+    seed: int
+    processes: int
+    rate: float
+
+
+@dataclass(frozen=True)
+class Progress:
+    """What a checkpoint carries besides tensors."""
+
+    step: int = 0
+    seconds: float = 0.0
+
+
+def train(
+    output: Annotated[Path, typer.Argument(help="Folder for the model; its checkpoint lies in OUTPUT/training.")],
+    minutes: Annotated[float, typer.Option(help="Training time, earlier runs counted in.")] = 120,
+    seed: Annotated[int, typer.Option(help="Seed of weights and pictures.")] = 0,
+    processes: Annotated[int, typer.Option(help="Processes of one thread each; each takes ROWS scenes a step.")] = 2,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices.")] = 0.01,
+) -> None:
+    """Train the demo model, or continue, until MINUTES are used up; then write it in the published layout."""
+    (output / "training").mkdir(parents=True, exist_ok=True)
+    (output / "training" / "processes").unlink(missing_ok=True)
+    write_json(output / "config.json", demo_config(write_tokenizer(output)))
+    plan = Plan(output, minutes, seed, processes, rate)
+    # One-thread processes with averaged gradients use small matrices' cores far better than threads do.
+    torch.multiprocessing.spawn(work, (plan,), nprocs=processes)
+
+
+def work(rank: int, plan: Plan) -> None:
+    """One process of training: its own scenes, everybody's gradients."""
+    torch.set_num_threads(1)
+    meeting_point = f"file://{(plan.output / 'training' / 'processes').absolute()}"
+    torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=plan.processes)
+    config, tokenizer = read_config(plan.output), load_tokenizer(plan.output)
+    student = create_student(config, plan.seed, tokenizer.token_id(config.chat.image_token))
+    progress = Progress(**load_checkpoint(student, plan.output / "training"))
+    saved, started = time.monotonic(), time.monotonic() - progress.seconds
+    while progress.seconds < plan.minutes * 60:
+        part = progress.seconds / (plan.minutes * 60)
+        phase = next(each for each in PHASES if part < each.until)
+        student.set_rate(plan.rate * schedule(part))
+        first = (progress.step * plan.processes + rank * POOL) * ROWS
+        rows = [
+            encode_sample(draw_sample("train", index, seed=plan.seed, kinds=phase.kinds), config, tokenizer)
+            for index in range(first, first + POOL * ROWS)
+        ]
+        for batch in sort_into_batches(rows, progress.step, tokenizer.pad_id):
+            losses = take_step(student, batch, phase.name)
+        progress = Progress(progress.step + POOL, shared_seconds(time.monotonic() - started))
+        if rank == 0:
+            print(json.dumps({"step": progress.step, "minutes": round(progress.seconds / 60, 2), **losses}), flush=True)
+            if time.monotonic() - saved > SAVE_SECONDS:
+                save_checkpoint(student, plan.output / "training", progress.__dict__)
+                saved = time.monotonic()
+    if rank == 0:
+        save_checkpoint(student, plan.output / "training", progress.__dict__)
+        publish(student.weights, config, plan.output)
+    torch.distributed.destroy_process_group()
+
+
+def shared_seconds(seconds: float) -> float:
+    """The first process's clock, so that all stop and slow down together."""
+    clock = torch.tensor([seconds], dtype=torch.float64)
+    torch.distributed.broadcast(clock, src=0)
+    return clock.item()
+
+
+def sort_into_batches(rows: list[Row], step: int, pad_id: int) -> list[Batch]:
+    """Batches of ROWS scenes of like length, so that little is padding, in an order drawn from `step`."""
+    rows = sorted(rows, key=lambda row: len(row.ids))
+    batches = [collate(rows[start : start + ROWS], pad_id) for start in range(0, len(rows), ROWS)]
+    order = torch.randperm(len(batches), generator=torch.Generator().manual_seed(step))
+    return [batches[index] for index in order]
+
+
+def schedule(part: float) -> float:
+    """Learning-rate factor after `part` of the time: short warm-up, plateau, linear decay."""
+    return min(1.0, part / 0.01 + 0.02, max(0.0, (1 - part) / DECAY_SHARE))
+
+
+def take_step(student: Student, batch: Batch, phase: str) -> dict[str, float]:
+    """One optimizer step; returns the losses and, by kind, the share of answers right to the letter."""
+    measured, loss = {}, torch.zeros(())
+    with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(phase != "read"):
+        features = student.features(batch.pixel_values) if len(batch.pixel_values) else None
+    if phase != "read":
+        loss = cell_label_loss(student, features, batch.cells)
+        measured["cells"] = round(loss.item(), 4)
+    if phase != "see":
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            answers = answer_logits(student, batch, features)
+        answer_loss = F.cross_entropy(answers.float(), batch.targets[batch.targets != IGNORE])
+        loss = answer_loss + CELL_LOSS_WEIGHT * loss
+        measured |= {"answers": round(answer_loss.item(), 4), "exact": exact_by_kind(batch, answers.argmax(-1))}
+    student.step(loss)
+    return measured
+
+
+def cell_label_loss(student: Student, features: Tensor | None, cells: Tensor) -> Tensor:
+    """Cross-entropy of what each visual token shows: symbols in order, shape, colour."""
+    if features is None:
+        return torch.zeros(())
+    sizes = [1 + len(SYMBOLS)] * SYMBOLS_PER_CELL + [1 + len(SHAPES), 1 + len(COLORS)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        parts = student.cell_logits(features).float().split(sizes, dim=-1)
+    # Most cells are empty; they count a tenth, so that the drawn ones lead.
+    weight = 0.1 + 0.9 * (cells.amax(-1) > 0).float()
+    losses = [
+        F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten(), reduction="none")
+        for index, part in enumerate(parts)
+    ]
+    return (sum(losses) * weight.flatten()).sum() / weight.sum()
+
+
+def answer_logits(student: Student, batch: Batch, features: Tensor | None) -> Tensor:
+    """Logits [answer tokens, vocab] at every position whose next token belongs to an answer."""
+    embeddings = F.embedding(batch.ids, student.weights["model.language_model.embed_tokens.weight"])
+    if features is not None:
+        pictured = batch.ids == student.image_token
+        embeddings = embeddings.masked_scatter(pictured[..., None], features.flatten(0, 1).to(embeddings.dtype))
+    hidden = student.decoder.run_layers(embeddings, batch.positions, visible=batch.visible)
+    return student.decoder.logits(hidden[batch.targets != IGNORE])
+
+
+@torch.no_grad()
+def exact_by_kind(batch: Batch, guesses: Tensor) -> dict[str, float]:
+    """Share of answers whose every token is right; with gold tokens before it, that is greedy decoding's share."""
+    right: dict[str, list[bool]] = {}
+    hits = torch.zeros_like(batch.targets, dtype=torch.bool)
+    wanted = batch.targets != IGNORE
+    hits[wanted] = guesses == batch.targets[wanted]
+    for index, row in enumerate(batch.rows):
+        length = len(row.ids)
+        segments, answered = torch.tensor(row.segments), wanted[index, :length]
+        for number in range(1, len(row.sample.questions) + 1):
+            mine = answered & (segments == number)
+            right.setdefault(row.sample.kind, []).append(bool(hits[index, :length][mine].all()))
+    return {kind: round(sum(right[kind]) / len(right[kind]), 2) for kind in KINDS if kind in right}
+
+
+if __name__ == "__main__":
+    typer.run(train)
