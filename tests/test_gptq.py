@@ -1,0 +1,116 @@
+"""GPTQ arithmetic: better than rounding, equal to the textbook loop, and sane on hard inputs."""
+
+import pytest
+import torch
+
+from vlquant import gptq
+
+
+@pytest.fixture
+def layer():
+    """A seeded weight [96, 256] with correlated inputs: (weight, hessian of inputs, held-out inputs)."""
+    generator = torch.Generator().manual_seed(3)
+    mixing = torch.randn(256, 256, generator=generator) * (0.7 ** torch.arange(256.0)).sqrt().clamp(min=0.05)
+    inputs = torch.randn(4096, 256, generator=generator) @ mixing.T
+    weight = torch.randn(96, 256, generator=generator) * 0.02
+    return weight, inputs[:3072].T @ inputs[:3072] / 3072, inputs[3072:]
+
+
+def nearest_with_plain_scales(weight, bits, group_size):
+    """Rounding as auto-gptq does it: the scale of a group is its largest absolute value over the highest code."""
+    grouped = weight.reshape(weight.shape[0], -1, group_size)
+    scale = (grouped.abs().amax(2) * 2 / (2**bits - 1)).repeat_interleave(group_size, 1)
+    return (weight / scale).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) * scale
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (8, 64)])
+def test_error_is_well_below_rounding(layer, bits, group_size):
+    weight, hessian, inputs = layer
+    found = gptq.quantize_weight(weight, hessian, bits=bits, group_size=group_size, damping=0.05)
+    rounded = gptq.dequantize(found.codes, found.scales, bits=bits)
+    plain = nearest_with_plain_scales(weight, bits, 256 if group_size == -1 else group_size)
+    error, plain_error = ((inputs @ (weight - other).T).square().sum().sqrt() for other in (rounded, plain))
+    assert error < 0.6 * plain_error
+    group_size = 256 if group_size == -1 else group_size
+    nearest = gptq.nearest_codes(weight, gptq.expand_scales(found.scales, group_size), bits)
+    nearest = gptq.dequantize(nearest, found.scales, bits=bits)
+    assert gptq.output_error(weight, rounded, hessian) < 0.8 * gptq.output_error(weight, nearest, hessian)
+    assert found.damping == 0.05
+
+
+def test_blocked_solver_equals_column_by_column(layer):
+    weight, hessian, _ = layer
+    scales = gptq.search_scales(weight, hessian.diagonal(), bits=4, group_size=64)
+    wide_weight, wide_hessian = weight.double(), hessian.double()
+    column_scales = gptq.expand_scales(scales, 64).double()
+    factor, _ = gptq.inverse_factor(wide_hessian, 0.05)
+    inverse = factor.T @ factor
+    rest, expected = wide_weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
+    for column in range(weight.shape[1]):
+        code = (rest[:, column] / column_scales[:, column]).round().clamp(-8, 7)
+        expected[:, column] = (code + 8).to(torch.uint8)
+        error = (rest[:, column] - code * column_scales[:, column]) / inverse[0, 0]
+        rest[:, column:] -= torch.outer(error, inverse[0])
+        # Leave out the column just rounded: one step of Gaussian elimination on the inverse Hessian.
+        inverse = (inverse - torch.outer(inverse[:, 0], inverse[0]) / inverse[0, 0])[1:, 1:]
+    assert torch.equal(gptq.solve(wide_weight, column_scales, factor, bits=4), expected)
+
+
+def test_inverse_factor_is_the_upper_factor_of_the_inverse(layer):
+    hessian = layer[1].double()
+    factor, damping = gptq.inverse_factor(hessian, 0.05)
+    damped = hessian + torch.eye(256, dtype=torch.float64) * damping * hessian.diagonal().mean()
+    assert torch.equal(factor, factor.triu())
+    torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
+
+
+def test_search_is_never_worse_than_the_full_range_scale(layer):
+    weight, hessian, _ = layer
+    importance = hessian.diagonal()
+    searched = gptq.search_scales(weight, importance, bits=4, group_size=32)
+    grouped = weight.reshape(96, 8, 32)
+    largest = grouped.gather(2, grouped.abs().argmax(2, keepdim=True)).squeeze(2)
+    full_range = gptq.representable(largest / -8).to(torch.float16).T
+    errors = []
+    for scales in (searched, full_range):
+        codes = gptq.nearest_codes(weight, gptq.expand_scales(scales, 32), 4)
+        errors.append(((gptq.dequantize(codes, scales, bits=4) - weight).square() * importance).sum())
+    assert errors[0] < 0.9 * errors[1]
+    assert searched.dtype == torch.float16 and (searched < 0).any() and (searched > 0).any()
+
+
+def test_silent_column_keeps_its_rounded_value(layer):
+    weight, hessian, _ = layer
+    hessian = hessian.clone()
+    hessian[7], hessian[:, 7] = 0, 0
+    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    nearest = gptq.nearest_codes(weight, gptq.expand_scales(found.scales, 64), 4)
+    assert torch.equal(found.codes[:, 7], nearest[:, 7])
+    assert found.codes[:, 7].unique().numel() > 4
+
+
+def test_zero_and_tiny_groups_keep_finite_scales():
+    weight = torch.zeros(32, 64)
+    weight[0, 40] = 1e-12
+    weight[1, :32] = 1e5
+    found = gptq.quantize_weight(weight, torch.eye(64), bits=4, group_size=32, damping=0.05)
+    assert torch.isfinite(found.scales).all() and (found.scales != 0).all()
+    rounded = gptq.dequantize(found.codes, found.scales, bits=4)
+    assert torch.isfinite(rounded).all()
+    torch.testing.assert_close(rounded, weight, rtol=1e-3, atol=1e-7)
+
+
+def test_damping_doubles_until_positive_definite():
+    hessian = torch.tensor([[1.0, 1.15], [1.15, 1.0]])  # eigenvalues 2.15 and -0.15: not a Gram matrix
+    factor, damping = gptq.inverse_factor(hessian, 0.05)
+    assert factor is not None and damping == 0.2
+
+
+@pytest.mark.parametrize("entry", [float("nan"), 5.0])
+def test_hopeless_hessian_falls_back_to_the_nearest_code(layer, entry):
+    weight, hessian, _ = layer
+    hessian = hessian.clone()
+    hessian[3, 4] = hessian[4, 3] = entry if entry != 5.0 else 5 * hessian.diagonal().max()
+    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    assert found.damping is None
+    assert torch.equal(found.codes, gptq.nearest_codes(weight, gptq.expand_scales(found.scales, 64), 4))

@@ -1,0 +1,164 @@
+"""Put a folder in its place whole or not at all: written hidden beside it, flushed, renamed at the end.
+
+Knows no contents except how to tell a bundle, which may be replaced, from somebody else's folder, which may not.
+"""
+
+import errno
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from vlquant.bundle import MANIFEST
+from vlquant.errors import OutputRefused
+
+try:
+    import fcntl
+except ImportError:  # Windows: leftovers of killed runs then stay where they are
+    fcntl = None
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+HIDDEN_SUFFIX = ".partial"
+
+
+def require_replaceable(output: Path, *, overwrite: bool) -> None:
+    """Raise OutputRefused unless `output` is free, empty, or a bundle that may be overwritten."""
+    if not output.exists() and not output.is_symlink():
+        return
+    if not output.is_dir():
+        raise OutputRefused(f"{output} exists and is not a folder; choose another one with -o.")
+    if not any(output.iterdir()):
+        return
+    if not (output / MANIFEST).is_file():
+        raise OutputRefused(
+            f"{output} exists and is not a bundle; choose another folder with -o (--overwrite replaces bundles only)."
+        )
+    if not overwrite:
+        raise OutputRefused(
+            f"{output} holds a bundle with another recipe or source, or an incomplete one; "
+            "add --overwrite to replace it, or choose another folder with -o."
+        )
+
+
+def require_space(output: Path, needed_bytes: int) -> None:
+    """Raise OutputRefused if the disk of `output` has less than `needed_bytes` free."""
+    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    free = shutil.disk_usage(parent).free
+    if free < needed_bytes:
+        raise OutputRefused(
+            f"{output} needs {needed_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+            "make room or choose another disk with -o."
+        )
+
+
+@contextmanager
+def publishing(output: Path) -> Iterator[Path]:
+    """A hidden folder beside `output` to write into; it becomes `output` at the end, or disappears on any failure.
+
+    Whatever `output` held before is replaced. Raises OutputRefused if the disk is full or cannot be written.
+    """
+    hidden = _hidden_folder(output)
+    lock = _lock(hidden)
+    try:
+        yield hidden
+        _flush_to_disk(hidden)
+        _replace(hidden, output)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OutputRefused(
+            f"{output} could not be written because there is no space left; make room or choose another disk with -o."
+        ) from error
+    finally:
+        shutil.rmtree(hidden, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _hidden_folder(output: Path) -> Path:
+    """A new hidden folder beside `output`, after clearing away those of killed runs."""
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(output)
+        hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=HIDDEN_SUFFIX, dir=output.parent))
+        hidden.chmod(0o777 & ~_umask())  # mkdtemp makes it private
+        return hidden
+    except OSError as error:
+        raise OutputRefused(
+            f"{output} cannot be written ({error.strerror}); choose another folder with -o."
+        ) from error
+
+
+def _sweep(output: Path) -> None:
+    """Remove hidden folders of earlier runs that were killed; those of running ones are locked."""
+    for stale in output.parent.glob(f".{output.name}.*{HIDDEN_SUFFIX}"):
+        lock = _lock(stale)
+        if lock is None:
+            continue
+        if (stale / output.name).is_dir() and not output.exists():
+            (stale / output.name).rename(output)  # killed between the two renames of `_replace`
+        shutil.rmtree(stale, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Lock a folder for the life of this process; None if another process has done so."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _replace(hidden: Path, output: Path) -> None:
+    """Rename `hidden` to `output`, moving an older folder out of the way first."""
+    older = None
+    if output.exists():
+        older = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=HIDDEN_SUFFIX, dir=output.parent))
+        output.rename(older / output.name)
+    hidden.rename(output)
+    _flush_entry(output.parent)
+    if older is not None:
+        shutil.rmtree(older, ignore_errors=True)
+
+
+def _umask() -> int:
+    """The process's umask, which can only be read by setting it."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
+
+
+def _flush_to_disk(folder: Path) -> None:
+    """Make every file and folder below `folder` survive a power failure."""
+    for path in (*folder.rglob("*"), folder):
+        _flush_entry(path)
+
+
+def _flush_entry(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file so that it is there whole or not at all; raises OutputRefused if it cannot be written."""
+    partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.rename(path)
+        _flush_entry(path.parent)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights.") from error

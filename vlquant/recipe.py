@@ -1,0 +1,90 @@
+"""How a language model is to be quantized: the one home of every default. Imports nothing heavy."""
+
+from dataclasses import asdict, dataclass
+
+from vlquant.errors import InvalidRecipe
+
+METHODS = ("gptq", "bnb")
+BITS = (4, 8)
+GROUP_SIZES = (32, 64, 128, -1)
+CODES_MULTIPLE = 32
+"""GPTQ packs codes into 32-bit words along both axes, so both must be multiples of this."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that decides the quantized weights, given a model; stored in the bundle.
+
+    Raises InvalidRecipe if a field has a value that no model could be quantized with.
+    """
+
+    method: str = "gptq"
+    """"gptq" (GPTQ, either width) or "bnb" (bitsandbytes: NF4 for 4 bits, LLM.int8 for 8)."""
+    bits: int = 4
+    """Bits per weight: 4 or 8."""
+    group_size: int = 128
+    """Input columns sharing one scale; -1: all of them. GPTQ only."""
+    damping: float = 0.05
+    """Share of the mean diagonal added to the diagonal of the Hessian. GPTQ only."""
+    calibration: str = "builtin"
+    """Name of the calibration set. GPTQ only."""
+    samples: int = 128
+    """Conversations taken from the calibration set. GPTQ only."""
+    seed: int = 0
+    """Seed of the calibration set. GPTQ only."""
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}.")
+        if self.bits not in BITS:
+            raise InvalidRecipe(f"{self.bits} bits per weight are not supported; use --bits 4 or --bits 8.")
+        if self.group_size not in GROUP_SIZES:
+            raise InvalidRecipe(
+                f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)."
+            )
+        if self.method == "bnb" and self.group_size != Recipe.group_size:
+            raise InvalidRecipe("bitsandbytes fixes its own block size; leave --group-size out or use --method gptq.")
+        if not 0 < self.damping <= 0.5:
+            raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value.")
+        if self.calibration != "builtin":
+            raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin.")
+        if self.samples < 1:
+            raise InvalidRecipe(f"{self.samples} calibration samples are too few; use --samples 1 or more.")
+
+    @property
+    def label(self) -> str:
+        """How the bundle's name tells the recipe: "gptq-4bit"."""
+        return f"{self.method}-{self.bits}bit"
+
+    def to_dict(self) -> dict:
+        """The fields that this method uses, ready for JSON."""
+        fields = asdict(self)
+        return fields if self.method == "gptq" else {"method": self.method, "bits": self.bits}
+
+    @staticmethod
+    def from_dict(fields: dict) -> "Recipe":
+        """The inverse of `to_dict`; raises InvalidRecipe for fields this version does not know."""
+        unknown = sorted(set(fields) - set(Recipe.__dataclass_fields__))
+        if unknown:
+            raise InvalidRecipe(f"recipe fields {', '.join(unknown)} are unknown; a newer vlquant may know them.")
+        return Recipe(**fields)
+
+    def require_shape(self, name: str, *, out_features: int, in_features: int) -> None:
+        """Raise InvalidRecipe if the linear `name` with a [out_features, in_features] weight cannot be quantized so."""
+        if self.method != "gptq":
+            return
+        if in_features % CODES_MULTIPLE or out_features % CODES_MULTIPLE:
+            raise InvalidRecipe(
+                f"{name} has {out_features} x {in_features} weights, which GPTQ cannot pack because both must be "
+                f"multiples of {CODES_MULTIPLE}; use --method bnb."
+            )
+        if self.group_size != -1 and in_features % self.group_size:
+            fitting = [str(size) for size in GROUP_SIZES if size != -1 and in_features % size == 0]
+            raise InvalidRecipe(
+                f"group size {self.group_size} does not divide the {in_features} inputs of {name}; "
+                f"use --group-size {' or '.join(fitting)} or -1."
+            )
+
+    def groups(self, in_features: int) -> int:
+        """Scales per output row of a linear with this many inputs."""
+        return 1 if self.group_size == -1 else in_features // self.group_size
