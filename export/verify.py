@@ -1,0 +1,95 @@
+"""Is the exported graph the same network? ONNX Runtime against torch on real tiles.
+
+Knows a graph file and the tensors it was made from; decides nothing about folders.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlquant.calib_data.samples import samples
+from vlquant.config import ModelConfig
+from vlquant.errors import VlquantError
+from vlquant.export.graph import GRAPH_FILE, INPUT, OUTPUT
+from vlquant.runtime.vision_session import open_session
+from vlquant.tiling import cut_tiles, normalize
+from vlquant.vision import VisionConfig, vision_features
+
+TILES = 4
+BATCHES = (3, 1)  # several tiles and a single one: the tile axis must be free
+
+# Float32 through 24 to 45 layers in another order of additions differs by 1e-6 to 1e-5 of the largest feature;
+# the smallest mistake we could make, GELU by tanh, by 1e-4 and more.
+TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far the exported graph is from torch."""
+
+    largest_difference: float
+    """Largest absolute difference of any feature."""
+    feature_scale: float
+    """Largest absolute feature of the torch tower."""
+    tiles: int
+    """Tiles compared."""
+    tolerance: float = TOLERANCE
+    """Largest difference accepted, as a share of feature_scale."""
+
+    def __str__(self) -> str:
+        return (
+            f"largest difference from torch {self.largest_difference:.2g} on {self.tiles} tiles,"
+            f" where features reach {self.feature_scale:.3g}"
+        )
+
+    @property
+    def accepted(self) -> bool:
+        """False too if any feature is not finite: a comparison with NaN is false."""
+        return self.largest_difference <= self.tolerance * self.feature_scale < float("inf")
+
+
+def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> Parity:
+    """Compare the graph in `folder` with torch on tiles of drawn pictures.
+
+    weights: what the graph was built from; asked for one by one, so that a large tower fits.
+    Raises VlquantError if a feature is not finite or the difference is beyond the tolerance.
+    """
+    tiles = real_tiles(config, TILES)
+    expected = torch_features(tiles, weights, config.vision)
+    parity = compare(expected, onnx_features(folder / GRAPH_FILE, tiles))
+    if not parity.accepted:
+        raise VlquantError(
+            f"the exported vision tower is refused ({parity}; accepted: {TOLERANCE:g} of that) and nothing was"
+            " written; check the weights for values that are not finite, or use the torch vision tower"
+        )
+    return parity
+
+
+def compare(expected: Tensor, actual: Tensor) -> Parity:
+    """Parity of two [tiles, tokens, feature_size] tensors; not finite where either is not."""
+    difference = (expected - actual).abs().max().item()
+    return Parity(difference, expected.abs().max().item(), len(expected))
+
+
+def real_tiles(config: ModelConfig, count: int) -> Tensor:
+    """Normalized tiles [count, 3, side, side], at most two from each picture of the calibration set."""
+    chat, tiles = config.chat, []
+    for sample in samples("calibration", count * 2):
+        for image in sample.images:
+            cut = cut_tiles(image, max_tiles=chat.max_tiles, image_size=chat.image_size, use_thumbnail=chat.use_thumbnail)
+            tiles += cut[:2]
+    return normalize(tiles[:count])
+
+
+@torch.inference_mode()
+def torch_features(tiles: Tensor, weights: Mapping[str, Tensor], config: VisionConfig) -> Tensor:
+    return vision_features(tiles, weights, config)
+
+
+def onnx_features(path: Path, tiles: Tensor) -> Tensor:
+    session = open_session(path, torch.device("cpu"))
+    batches = tiles.split(BATCHES)
+    return torch.cat([torch.from_numpy(session.run([OUTPUT], {INPUT: batch.numpy()})[0]) for batch in batches])

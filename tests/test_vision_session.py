@@ -1,0 +1,133 @@
+"""Vision towers as the runtime calls them, and what it says about damaged or absent ones."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, UnsupportedCheckpoint
+from vlquant.export.vision import export_vision
+from vlquant.model import open_model
+from vlquant.runtime.vision_session import OnnxVision, TorchVision, tiles_per_run
+from vlquant.tiling import cut_tiles, normalize
+
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = "qwen2_internvl2_5_vit6b"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return export_vision(GOLDEN / SMALL, output=tmp_path / "vision")
+
+
+def tiles(count: int) -> torch.Tensor:
+    return torch.randn(count, 3, 112, 112, generator=torch.Generator().manual_seed(count))
+
+
+def test_torch_features_are_the_goldens(case):
+    image_size = case.config.chat.image_size
+    tiles = cut_tiles(case.image("wide_1280x720.png"), max_tiles=2, image_size=image_size, use_thumbnail=True)
+    features = TorchVision(case.model)(normalize(tiles))
+    torch.testing.assert_close(features, case.tensors["features/wide_1280x720.png/m2"], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("count", [1, 2, 5, 13, 17])
+def test_onnx_equals_torch(count, folder):
+    pixels = tiles(count)
+    expected = TorchVision(open_model(GOLDEN / SMALL))(pixels)
+    torch.testing.assert_close(OnnxVision(folder)(pixels), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_tile_does_not_depend_on_its_neighbours(folder):
+    vision, pixels = OnnxVision(folder), tiles(18)  # 16 in the first run
+    for index in (3, 17):
+        torch.testing.assert_close(vision(pixels)[index], vision(pixels[index : index + 1])[0], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("tile_size", "count"), [(448, 1), (112, 16), (168, 7), (896, 1)])
+def test_memory_is_bounded_by_pixels(tile_size, count):
+    assert tiles_per_run(tile_size) == count
+
+
+def test_any_layout_and_precision_of_pixels(folder):
+    vision, pixels = OnnxVision(folder), tiles(2)
+    strided = pixels.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+    assert torch.equal(vision(strided), vision(pixels))
+    assert torch.equal(vision(pixels.double()), vision(pixels))
+
+
+def test_threads_can_be_chosen(folder):
+    torch.testing.assert_close(OnnxVision(folder, threads=1)(tiles(1)), OnnxVision(folder)(tiles(1)))
+
+
+def test_a_missing_export_names_the_command(tmp_path):
+    with pytest.raises(InvalidRequest, match="`vlquant export-vision`"):
+        OnnxVision(tmp_path / "vision")
+
+
+@pytest.mark.parametrize("name", ["model.data", "model.onnx"])
+def test_a_missing_file_is_named(name, folder):
+    (folder / name).unlink()
+    with pytest.raises(BrokenCheckpoint, match=f"{name} is missing or has the wrong size; remove .*export-vision"):
+        OnnxVision(folder)
+
+
+def test_a_truncated_file_is_named(folder):
+    data = (folder / "model.data").read_bytes()
+    (folder / "model.data").write_bytes(data[:-1])
+    with pytest.raises(BrokenCheckpoint, match="model.data is missing or has the wrong size"):
+        OnnxVision(folder)
+
+
+def test_a_graph_onnx_runtime_cannot_read_is_one_sentence(folder):
+    path = folder / "model.onnx"
+    path.write_bytes(b"\xff" * path.stat().st_size)
+    with pytest.raises(BrokenCheckpoint, match="model.onnx cannot be loaded by ONNX Runtime") as caught:
+        OnnxVision(folder)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"format_version": 1}'])
+def test_a_manifest_that_is_none(text, folder):
+    (folder / "vlquant.json").write_text(text)
+    with pytest.raises(BrokenCheckpoint, match="is not the manifest of a vision export"):
+        OnnxVision(folder)
+
+
+def test_a_newer_format_is_refused(folder):
+    manifest = json.loads((folder / "vlquant.json").read_text())
+    (folder / "vlquant.json").write_text(json.dumps(manifest | {"format_version": 2, "news": 1}))
+    with pytest.raises(UnsupportedCheckpoint, match="reads up to 1; upgrade vlquant"):
+        OnnxVision(folder)
+
+
+def test_onnxruntime_that_is_not_installed(folder, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingDependency, match="pip install"):
+        OnnxVision(folder)
+
+
+def test_cuda_asked_for_and_absent_is_an_error(folder, monkeypatch):
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
+    with pytest.raises(MissingDependency, match="onnxruntime-gpu"):
+        OnnxVision(folder, "cuda")
+
+
+@pytest.mark.filterwarnings("ignore:Specified provider")
+def test_cuda_that_does_not_start_is_an_error(folder, monkeypatch):
+    """onnxruntime-gpu without a working driver opens a session on the CPU without a word."""
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda session: ["CPUExecutionProvider"])
+    with pytest.raises(MissingDependency, match="did not start"):
+        OnnxVision(folder, "cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_equals_torch(folder):
+    pixels = tiles(5)
+    expected = TorchVision(open_model(GOLDEN / SMALL))(pixels)
+    torch.testing.assert_close(OnnxVision(folder, "cuda")(pixels), expected, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(OnnxVision(folder, "cuda")(pixels.cuda()).cpu(), expected, atol=1e-4, rtol=1e-4)
