@@ -1,0 +1,139 @@
+"""The chat verb: an answer on standard output as it is generated, or a conversation in the terminal."""
+
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from vlquant.config import MANIFEST_FILE
+from vlquant.errors import InvalidRequest, VlquantError
+from vlquant.request import Request, open_image
+from vlquant.runtime.answer import Answer, History
+from vlquant.runtime.generate import Generation
+from vlquant.runtime.messages import with_placeholders
+from vlquant.runtime.pipeline import Pipeline, load
+from vlquant.runtime.video import read_frames
+
+HELP = "/image FILE adds a picture, /reset starts anew, /quit leaves"
+
+
+def chat(
+    request: Request,
+    *,
+    model: str | Path | None = None,
+    device: str = "cpu",
+    vision: str | None = None,
+    generation: Generation = Generation(),
+    report: Callable[[str], None] | None = None,
+) -> Answer | None:
+    """Answer `request` on standard output token by token; with an empty question, converse until the input ends.
+
+    model: bundle or checkpoint, None: the bundle here; vision: "onnx" or "torch", None: ONNX where it was exported or
+    the model is a bundle; report: takes remarks, which never go to standard output. Returns the answer to a question,
+    None after a conversation. Raises VlquantError.
+    """
+    report = report or (lambda line: print(line, file=sys.stderr))
+    _require_readable(request)
+    vision = vision or default_vision(model)
+    pipeline = load(model, device, vision=vision)
+    report(f"model {pipeline.model.folder} on {device}, vision tower through {vision}")
+    if request.question:
+        return _print_answer(pipeline, request, generation)
+    report(HELP)
+    _converse(pipeline, Conversation(request), generation)
+    return None
+
+
+def default_vision(model: str | Path | None) -> str:
+    """The exported tower of a bundle, "onnx"; "torch" for a checkpoint without one, as one to download always is."""
+    folder = Path(model or ".")
+    bundle = model is None or (folder / MANIFEST_FILE).is_file()
+    return "onnx" if bundle or (folder / "vision" / "model.onnx").is_file() else "torch"
+
+
+def _require_readable(request: Request) -> None:
+    """Raise InvalidRequest for a bad picture or video now: loading the model takes longer."""
+    for picture in request.images:
+        open_image(picture)
+    if isinstance(request.video, str | os.PathLike):
+        read_frames(request.video, 1)
+
+
+@dataclass
+class Conversation:
+    """What the next question is asked with: everything shown and said so far."""
+
+    opening: Request
+    """Pictures, video and settings given with the command; without a question."""
+    images: tuple = ()
+    history: History | None = None
+    fresh: int = 0
+    """Pictures, last in `images`, that no question has been about yet."""
+
+    def __post_init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """Back to what the command gave."""
+        self.images, self.history = tuple(self.opening.images), None
+        self.fresh = len(self.images)
+
+    def show(self, file: str) -> None:
+        """Add a picture to the next question. Raises InvalidRequest if that is impossible."""
+        if not Path(file).expanduser().is_file():
+            raise InvalidRequest(f"{file or 'FILE'}: there is no such picture; check the path.")
+        if self.opening.video is not None:
+            raise InvalidRequest("this conversation is about a video; start another one for pictures.")
+        self.images, self.fresh = (*self.images, str(Path(file).expanduser())), self.fresh + 1
+
+    def ask(self, text: str) -> Request:
+        """The request of the next turn."""
+        # The numbering starts again in every turn: the template names pictures within one question.
+        question = with_placeholders(text, self.fresh) if self.opening.video is None else text
+        return replace(self.opening, question=question, images=self.images, history=self.history)
+
+    def heard(self, answer: Answer) -> None:
+        """Remember a turn."""
+        self.history, self.fresh = answer.history, 0
+
+
+def _converse(pipeline: Pipeline, conversation: Conversation, generation: Generation) -> None:
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if line == "/quit":
+            return
+        try:
+            _take(line, pipeline, conversation, generation)
+        except VlquantError as error:
+            console.print(str(error), style="red", markup=False)
+        except KeyboardInterrupt:
+            console.print("interrupted; this turn is forgotten", style="dim")
+
+
+def _take(line: str, pipeline: Pipeline, conversation: Conversation, generation: Generation) -> None:
+    """Carry out one line of input."""
+    command, _, rest = line.partition(" ")
+    if command == "/image":
+        conversation.show(rest.strip())
+    elif command == "/reset":
+        conversation.reset()
+    elif command.startswith("/") and "/" not in command[1:]:
+        raise InvalidRequest(f"{command} is unknown; {HELP}.")
+    elif line:
+        conversation.heard(_print_answer(pipeline, conversation.ask(line), generation))
+
+
+def _print_answer(pipeline: Pipeline, request: Request, generation: Generation) -> Answer:
+    stream = pipeline.stream(request, generation=generation)
+    for piece in stream:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return stream.answer

@@ -1,0 +1,120 @@
+"""From embeddings to token ids, one step at a time. Knows a decoder and ids; no text, pictures or files."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlquant.decoder import Decoder, KeyValueCache
+from vlquant.errors import InvalidRequest
+from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
+
+
+@dataclass(frozen=True)
+class Generation:
+    """How an answer is generated. Raises InvalidRequest for values no answer could be generated with."""
+
+    max_new_tokens: int = 512
+    """Tokens after which an unfinished answer ends."""
+    temperature: float = 0.0
+    """0 takes the likeliest token every time; above it, tokens are drawn."""
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that hold this much probability together."""
+    top_k: int = 0
+    """Draw from this many likeliest tokens; 0: all."""
+    repetition_penalty: float = 1.0
+    """Above 1, tokens already in the answer become less likely."""
+    seed: int | None = None
+    """Seed of the draws of every answer, whatever stands beside it in a batch; None: a new one each time."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the answer, beside the template's own stop token; they are not part of it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        object.__setattr__(self, "stop", tuple(self.stop))
+        for field, valid, range_ in (
+            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            ("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty texts"),
+        ):
+            if not valid:
+                raise InvalidRequest(f"{field} is {getattr(self, field)!r}, but has to be {range_}.")
+
+
+@dataclass(frozen=True)
+class Ending:
+    """What ends a row, and what fills it from then on."""
+
+    stop_id: int
+    """The template's stop token; the last id of a row that it ends."""
+    pad_id: int
+    """Fills rows that ended before the others."""
+    reached: Callable[[list[int]], bool] = lambda ids: False
+    """Asked after every token: do the ids of a row end it for another reason?"""
+
+
+class Decoding:
+    """Generates ids for a batch when iterated: one int64 [batch] per step, until all rows have ended.
+
+    embeddings: float32 [batch, length, hidden_size], padded on the left; attention_mask: bool [batch, length].
+    A consumer may stop early. The cache is allocated once, for the prompt and `max_new_tokens`.
+    """
+
+    def __init__(
+        self, decoder: Decoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation, ending: Ending
+    ):
+        self._decoder, self._generation, self._ending = decoder, generation, ending
+        self._embeddings, self._attention_mask = embeddings, attention_mask
+        self.rows: list[list[int]] = [[] for _ in range(len(embeddings))]
+        """Ids of each row so far, without padding."""
+
+    @torch.inference_mode()
+    def __iter__(self) -> Iterator[Tensor]:
+        embeddings, generation = self._embeddings, self._generation
+        batch, length, _ = embeddings.shape
+        capacity = length + generation.max_new_tokens
+        cache = KeyValueCache(self._decoder.config, batch=batch, capacity=capacity, device=embeddings.device)
+        mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
+        mask[:, :length] = self._attention_mask
+        generators = _generators(generation, batch, embeddings.device)
+        unfinished = set(range(batch))
+        for step in range(generation.max_new_tokens):
+            logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=cache)[:, -1]
+            ids = choose(shape_logits(logits, self.rows, generation), generators)
+            for row in set(range(batch)) - unfinished:
+                ids[row] = self._ending.pad_id
+            for row in sorted(unfinished):
+                self.rows[row].append(int(ids[row]))
+            unfinished = {row for row in unfinished if not self._ended(self.rows[row])}
+            yield ids
+            if not unfinished:
+                return
+            embeddings = self._decoder.embed(ids[:, None]).float()
+
+    def _ended(self, ids: list[int]) -> bool:
+        return ids[-1] == self._ending.stop_id or self._ending.reached(ids)
+
+
+def shape_logits(logits: Tensor, rows: list[list[int]], generation: Generation) -> Tensor:
+    """Logits [batch, vocab] to choose from, given the ids `rows` produced so far; in transformers' order.
+
+    The penalty counts the answer only: the original hands `generate` embeddings, so prompt ids are unknown to it there.
+    """
+    logits = penalize_repetition(logits, rows, generation.repetition_penalty)
+    if generation.temperature == 0:
+        return logits
+    return keep_top_p(keep_top_k(logits / generation.temperature, generation.top_k), generation.top_p)
+
+
+def _generators(generation: Generation, batch: int, device: torch.device) -> list[torch.Generator] | None:
+    if generation.temperature == 0:
+        return None
+    generators = [torch.Generator(device) for _ in range(batch)]
+    for each in generators:
+        each.seed() if generation.seed is None else each.manual_seed(generation.seed)
+    return generators

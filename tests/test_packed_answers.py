@@ -1,0 +1,78 @@
+"""Bundles answer from packed weights, through ONNX Runtime and torch alike."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from vlquant.bnb import dequantize_int8, dequantize_nf4
+from vlquant.decoder import LINEARS, FloatLinear
+from vlquant.errors import InvalidRequest
+from vlquant.export.vision import export_vision
+from vlquant.model import float_decoder, open_model
+from vlquant.packing import dequantize_gptq
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
+from vlquant.request import Request
+from vlquant.runtime import Generation, load
+from vlquant.runtime.linear import PackedLinear
+
+GOLDEN = Path(__file__).parent / "golden"
+SOURCES = {"internlm2": GOLDEN / "internlm2_internvl2_5", "qwen2": GOLDEN / "qwen2_internvl2_5_vit6b"}
+RECIPES = {
+    "gptq4": Recipe(bits=4, group_size=32, samples=2),
+    "gptq8": Recipe(bits=8, group_size=-1, samples=2),
+    "nf4": Recipe(method="bnb", bits=4),
+    "int8": Recipe(method="bnb", bits=8),
+}
+PICTURE = GOLDEN / "images" / "rgba_300x200.png"
+QUESTION = Request("What is it?", images=[PICTURE], max_tiles=1)
+
+
+def expanded(tensors, recipe):
+    """The float weight of packed tensors."""
+    if recipe.method == "gptq":
+        return dequantize_gptq(tensors, bits=recipe.bits)
+    return dequantize_nf4(tensors) if recipe.bits == 4 else dequantize_int8(tensors)
+
+
+def expanded_decoder(folder, source, recipe):
+    """The source's decoder with the float linears that the bundle's tensors stand for."""
+    bundle, decoder = open_model(folder), float_decoder(open_model(source))
+    for index, layer in enumerate(decoder.layers):
+        tensors = bundle.decoder_layer(index)
+        for name in LINEARS:
+            parts = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}
+            bias = parts.get("bias")  # float16 in a GPTQ bundle
+            layer.linears[name] = FloatLinear(expanded(parts, recipe), bias if bias is None else bias.float())
+    return decoder
+
+
+@pytest.fixture(scope="module", params=[(s, r) for s in SOURCES for r in RECIPES], ids="-".join)
+def bundle(request, tmp_path_factory):
+    source, recipe = SOURCES[request.param[0]], RECIPES[request.param[1]]
+    return quantize(source, recipe=recipe, output=tmp_path_factory.mktemp("bundle") / "packed"), source, recipe
+
+
+def test_packed_decoders_equal_expanded_ones(bundle):
+    folder, source, recipe = bundle
+    pipe = load(folder, vision="torch")
+    assert all(isinstance(linear, PackedLinear) for layer in pipe.decoder.layers for linear in layer.linears.values())
+    answer = pipe.ask(QUESTION, generation=Generation(max_new_tokens=8))
+    (packed,) = pipe.answer_logits([QUESTION], [answer.ids])
+    pipe.decoder = expanded_decoder(folder, source, recipe)
+    (wanted,) = pipe.answer_logits([QUESTION], [answer.ids])
+    torch.testing.assert_close(packed, wanted, atol=2e-4, rtol=0)
+
+
+def test_without_an_exported_tower_the_command_is_named(bundle):
+    with pytest.raises(InvalidRequest, match=f"vlquant export-vision {bundle[0]}"):
+        load(bundle[0])
+
+
+def test_both_vision_towers_give_one_answer(tmp_path):
+    folder = quantize(SOURCES["internlm2"], recipe=RECIPES["gptq4"], output=tmp_path / "packed")
+    export_vision(folder)
+    generation = Generation(max_new_tokens=8)
+    answers = [load(folder, vision=vision).ask(QUESTION, generation=generation) for vision in ("onnx", "torch")]
+    assert answers[0].ids == answers[1].ids and answers[0].tiles == (1,)
