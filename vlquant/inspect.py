@@ -1,0 +1,119 @@
+"""`vlquant inspect`: what a bundle is, what was done to it and what that cost, readably; with `verify`, whether it is intact."""
+
+import json
+import math
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
+from vlquant.errors import BrokenCheckpoint
+from vlquant.shards import file_hash
+
+WORST_MODULES = 5
+
+
+def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: Console | None = None) -> Path:
+    """Print the manifests of a bundle and return its folder.
+
+    bundle: None means as `find_bundle`. verify: hash every file.
+    Raises BrokenCheckpoint if there is no bundle, or if it is damaged.
+    """
+    folder = Path(bundle) if bundle is not None else find_bundle()
+    if folder is None:
+        raise BrokenCheckpoint("there is no bundle here; name one, or make one with vlquant quantize.")
+    manifest = read_manifest(folder)
+    console = console or Console()
+    console.print(summary_table(folder, manifest))
+    console.print(modules_table(manifest))
+    vision = read_vision(folder)
+    if vision:
+        console.print(vision_table(vision))
+    else:
+        console.print("no exported vision tower: vlquant export-vision writes one")
+    checks = sorted(path.name for path in folder.glob("checks/*.json"))
+    console.print(f"checks: {', '.join(checks)}" if checks else "never checked: vlquant check measures what it cost")
+    require_intact(folder, manifest, vision, verify=verify)
+    if verify:
+        console.print("every file is as it was written")
+    return folder
+
+
+def summary_table(folder: Path, manifest: Manifest) -> Table:
+    """One row per fact about the whole bundle."""
+    table = _facts(manifest.name)
+    table.add_row("folder", str(folder))
+    table.add_row("source", manifest.source.name)
+    table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items()))
+    if manifest.calibration:
+        calibration = manifest.calibration
+        table.add_row("calibration", f"{calibration.set}: {calibration.samples} conversations, {calibration.tokens} tokens")
+    table.add_row("size", f"{sum(manifest.sizes.values()) / 1e6:.1f} MB in {len(manifest.sizes)} files")
+    table.add_row("made with", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()))
+    return table
+
+
+def modules_table(manifest: Manifest) -> Table:
+    """The linears that lost most."""
+    calibrated = manifest.calibration is not None
+    table = Table(title=f"{len(manifest.modules)} quantized linears, those that lost most", title_justify="left")
+    table.add_column("linear")
+    table.add_column("output error" if calibrated else "weight error", justify="right")
+    if calibrated:
+        table.add_column("rounded only", justify="right")
+    for module in sorted(manifest.modules, key=lambda each: -math.inf if each.error is None else -each.error)[:WORST_MODULES]:
+        errors = (module.error, module.nearest_error) if calibrated else (module.error,)
+        table.add_row(module.name.removeprefix("model.language_model."), *map(percent, errors))
+    fallbacks = len(manifest.fallbacks)
+    table.caption = f"{fallbacks} rounded to the nearest because GPTQ failed" if fallbacks else None
+    return table
+
+
+def percent(error: float | None) -> str:
+    """A relative error as a percentage."""
+    return "unknown" if error is None else f"{100 * error:.2f} %"
+
+
+def read_vision(folder: Path) -> dict | None:
+    """The manifest of the exported vision tower, None if there is none; raises BrokenCheckpoint if it is no JSON."""
+    path = folder / "vision" / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BrokenCheckpoint(f"{path} cannot be read ({error}); run vlquant export-vision again.") from error
+
+
+def vision_table(vision: dict) -> Table:
+    """The facts about the exported vision tower that are single values."""
+    table = _facts("vision tower")
+    for name, value in {**vision, **(vision.get("parity") or {})}.items():
+        if isinstance(value, str | int | float):
+            table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
+    return table
+
+
+def require_intact(folder: Path, manifest: Manifest, vision: dict | None, *, verify: bool) -> None:
+    """Raise BrokenCheckpoint naming files that are missing or, with `verify`, whose contents have changed."""
+    damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
+    if verify and vision:
+        exported = {f"vision/{name}": expected for name, expected in (vision.get("files") or {}).items()}
+        damaged += [
+            name
+            for name, expected in exported.items()
+            if not (folder / name).is_file() or file_hash(folder / name) != expected
+        ]
+    if damaged:
+        raise BrokenCheckpoint(
+            f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
+            "or gone; make it again."
+        )
+
+
+def _facts(title: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    return table

@@ -1,0 +1,53 @@
+"""Draws what a long action reports, on standard error: bars on a terminal, now and then a line elsewhere."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vlquant.events import Event
+
+LINE_SECONDS = 15
+"""Where no bars can be drawn, a line of progress at most this often."""
+
+
+@contextmanager
+def drawn_progress() -> Iterator[Callable[[Event | str], None]]:
+    """What to report to: events with steps move the bar of their stage, messages and plain lines are printed."""
+    console = Console(stderr=True)
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    bars = Progress(*columns, console=console, transient=True)
+    last_line = time.monotonic()
+
+    def report(event: Event | str) -> None:
+        nonlocal last_line
+        message = event if isinstance(event, str) else event.message
+        moving = not isinstance(event, str) and event.total > 0
+        if moving and console.is_terminal:
+            move_bar(bars, event)
+        elif moving and not message and time.monotonic() - last_line > LINE_SECONDS:
+            message = str(event)
+        if message:
+            # Not rich markup: names in square brackets are ours. No wrapping: a log line is one line.
+            console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)
+            last_line = time.monotonic()
+
+    try:
+        yield report
+    finally:
+        bars.stop()
+
+
+def move_bar(bars: Progress, event: Event) -> None:
+    """Draw one stage's bar; when it is full nothing is drawn, so that results can be printed."""
+    task = next((task for task in bars.tasks if task.description == event.stage), None)
+    if task is None:
+        bars.start()
+        bars.add_task(event.stage, completed=event.done, total=event.total)
+        return
+    bars.update(task.id, completed=event.done, total=event.total)
+    if event.done >= event.total:
+        bars.remove_task(task.id)
+        bars.stop()
