@@ -19,8 +19,17 @@ from vlquant.tiling import choose_grid, cut_tiles, normalize
 from vlquant.tokenizer import Tokenizer
 
 IGNORE = -100
-SYMBOLS_PER_CELL = 3
-"""A visual token covers 28 pixels, at most three symbols of a line."""
+READABLE = SYMBOLS + "."
+CELL_CLASSES = {
+    "left": 1 + len(READABLE),
+    "first": 1 + len(READABLE),
+    "second": 1 + len(READABLE),
+    "shape": 1 + len(SHAPES),
+    "color": 1 + len(COLORS),
+    "bar": 1 + 20,
+}
+"""What is named under each visual token, with the number of answers; 0 is none. `left` is the symbol before
+`first` in the same tile: knowing it, the language model finds what follows a symbol in one step."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +45,7 @@ class Row:
     """Next token where it belongs to an answer, else IGNORE."""
     tiles: list[Image.Image]
     cells: Tensor
-    """int64 [tiles, tokens, SYMBOLS_PER_CELL + 2]: symbols left to right, shape, colour; 0 is none."""
+    """int64 [tiles, tokens, len(CELL_CLASSES)]."""
 
 
 @dataclass(frozen=True)
@@ -99,42 +108,41 @@ def cut_picture(picture: Picture, config: ModelConfig, *, max_tiles: int):
     limits = {"max_tiles": max_tiles, "min_tiles": chat.min_tiles, "image_size": chat.image_size}
     tiles = cut_tiles(picture.image, use_thumbnail=chat.use_thumbnail, **limits)
     columns, rows = choose_grid(*picture.size, **limits)
-    cells = [label_cells(picture, columns, rows, config)]
-    cells = cells[0].unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).transpose(1, 2).flatten(0, 1).flatten(1, 2)
+    cells = label_cells(picture, columns, rows, config)  # [rows * side, columns * side, names]
+    cells = cells.unflatten(0, (rows, -1)).unflatten(2, (columns, -1)).transpose(1, 2).flatten(2, 3).flatten(0, 1)
     if len(tiles) > columns * rows:
         thumbnail = label_cells(picture, 1, 1, config)
-        thumbnail[..., :SYMBOLS_PER_CELL] = 0  # Too small to read there.
+        thumbnail[..., :3] = 0  # Text is too small to read there.
         cells = torch.cat((cells, thumbnail.flatten(0, 1)[None]))
     return tiles, cells
 
 
 def label_cells(picture: Picture, columns: int, rows: int, config: ModelConfig) -> Tensor:
-    """Labels int64 [rows * side, columns * side, SYMBOLS_PER_CELL + 2] of the grid's visual tokens."""
+    """Labels int64 [rows * side, columns * side, len(CELL_CLASSES)] of the grid's visual tokens."""
     side = int(config.chat.tokens_per_tile**0.5)
-    labels = torch.zeros(rows * side, columns * side, SYMBOLS_PER_CELL + 2, dtype=torch.long)
-    width, height = picture.size
-    for glyph in sorted(picture.glyphs, key=lambda each: each.x):
-        if glyph.symbol not in SYMBOLS:
-            continue
-        cell = labels[cell_index(glyph.y / height, rows * side), cell_index(glyph.x / width, columns * side)]
-        used = int((cell[:SYMBOLS_PER_CELL] > 0).sum())
-        if used < SYMBOLS_PER_CELL:
-            cell[used] = 1 + SYMBOLS.index(glyph.symbol)
+    labels = torch.zeros(rows * side, columns * side, len(CELL_CLASSES), dtype=torch.long)
+    width, height = (length / cells for length, cells in zip(picture.size, (columns * side, rows * side), strict=True))
+
+    def cell_at(x: float, y: float) -> Tensor:
+        return labels[min(int(y / height), rows * side - 1), min(int(x / width), columns * side - 1)]
+
+    for glyph in picture.glyphs:
+        if glyph.symbol in READABLE:
+            second = glyph.x / width % 1 >= 0.5
+            cell_at(glyph.x, glyph.y)[2 if second else 1] = 1 + READABLE.index(glyph.symbol)
+    inside = torch.arange(columns * side) % side > 0  # A tile cannot see what is left of it.
+    labels[:, 1:, 0] = labels[:, :-1, 2] * inside[1:]
     for figure in picture.figures:
         left, top, right, bottom = figure.box
-        cell = labels[
-            cell_index((top + bottom) / 2 / height, rows * side), cell_index((left + right) / 2 / width, columns * side)
-        ]
-        cell[-2], cell[-1] = 1 + SHAPES.index(figure.shape), 1 + list(COLORS).index(figure.color)
+        cell = cell_at((left + right) / 2, (top + bottom) / 2)
+        cell[3], cell[4] = 1 + SHAPES.index(figure.shape), 1 + list(COLORS).index(figure.color)
+    for bar in picture.bars:
+        cell_at(bar.x, bar.y)[5] = bar.value
     return labels
 
 
-def cell_index(fraction: float, count: int) -> int:
-    return min(max(int(fraction * count), 0), count - 1)
-
-
 def join_cells(cells: list[Tensor], config: ModelConfig) -> Tensor:
-    empty = torch.zeros(0, config.chat.tokens_per_tile, SYMBOLS_PER_CELL + 2, dtype=torch.long)
+    empty = torch.zeros(0, config.chat.tokens_per_tile, len(CELL_CLASSES), dtype=torch.long)
     return torch.cat([empty, *cells])
 
 

@@ -13,6 +13,11 @@ CELL = 112
 
 SYMBOLS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 
+ADVANCE = 14
+"""Pixels from one symbol to the next: typewritten, two symbols to a visual token."""
+LINE = 28
+"""Pixels from one line of text to the next: a visual token's height."""
+
 COLORS = {
     "red": (214, 40, 40),
     "green": (40, 150, 60),
@@ -54,6 +59,15 @@ class Figure:
         return f"{self.color} {self.shape}"
 
 
+@dataclass(frozen=True)
+class Bar:
+    """One drawn bar and the middle of its top in pixels."""
+
+    value: int
+    x: float
+    y: float
+
+
 @dataclass
 class Picture:
     """An image and the record of what it shows."""
@@ -61,6 +75,7 @@ class Picture:
     image: Image.Image
     glyphs: list[Glyph] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    bars: list[Bar] = field(default_factory=list)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -73,21 +88,15 @@ def blank_page(columns: int, rows: int, chance: random.Random) -> Picture:
     return Picture(Image.new("RGB", (columns * CELL, rows * CELL), shade))
 
 
-def draw_text(picture: Picture, text: str, *, x: float, y: float, color: str = "black", size: int = 20) -> Box:
-    """Write `text` with its left end at `x` and its capitals centred on `y`; returns its box."""
-    font = load_font(size)
-    advance = font.getlength("0")
-    pen = ImageDraw.Draw(picture.image)
-    pen.text((x, y), text, fill=COLORS[color], font=font, anchor="lm")
+def draw_text(picture: Picture, text: str, *, x: float, y: float, color: str = "black", size: int = 22) -> Box:
+    """Type `text` with its left end at `x` and its capitals centred on `y`; returns its box."""
+    pen, font = ImageDraw.Draw(picture.image), load_font(size)
     for index, symbol in enumerate(text):
         if symbol != " ":
-            picture.glyphs.append(Glyph(symbol, x + (index + 0.5) * advance, y))
-    return (x, y - size / 2, x + len(text) * advance, y + size / 2)
-
-
-def text_width(text: str, size: int = 20) -> float:
-    """Pixels from the first to the last symbol's edge."""
-    return load_font(size).getlength("0") * len(text)
+            center = x + (index + 0.5) * ADVANCE
+            pen.text((center, y), symbol, fill=COLORS[color], font=font, anchor="mm")
+            picture.glyphs.append(Glyph(symbol, center, y))
+    return (x, y - LINE / 2, x + len(text) * ADVANCE, y + LINE / 2)
 
 
 def draw_figure(picture: Picture, shape: str, color: str, *, center: tuple[float, float], radius: float) -> Figure:
@@ -121,6 +130,7 @@ def rescale(picture: Picture, scale: float) -> Picture:
         picture.image.resize((width, height), Image.Resampling.BICUBIC),
         [Glyph(each.symbol, each.x * scale, each.y * scale) for each in picture.glyphs],
         [Figure(each.shape, each.color, tuple(side * scale for side in each.box)) for each in picture.figures],
+        [Bar(each.value, each.x * scale, each.y * scale) for each in picture.bars],
     )
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from vlquant.calib_data import drawing
-from vlquant.calib_data.drawing import CELL, COLORS, INK, SHAPES, SYMBOLS, Box, Picture
+from vlquant.calib_data.drawing import ADVANCE, CELL, COLORS, INK, LINE, SHAPES, SYMBOLS, Box, Picture
 
 LABELS = ("NAME", "CODE", "CITY", "DATE", "ROOM", "UNIT", "PAGE", "TYPE", "BANK", "SHIP", "FLAT", "TEAM")
 ITEMS = (
@@ -13,8 +13,6 @@ ITEMS = (
     "PEN", "CORN", "EGGS", "BEER", "WINE", "JAM", "SUGAR", "HONEY", "PASTA", "COLA",
 )  # fmt: skip
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
-LINE = 28
-"""Pixels from one line of text to the next."""
 
 
 @dataclass(frozen=True)
@@ -48,9 +46,15 @@ def spans_tiles(*boxes: Box) -> bool:
 
 
 def line_heights(chance: random.Random, height: int, count: int) -> list[float]:
-    """Vertical centres of `count` text lines, evenly pitched, anywhere they fit."""
-    start = chance.uniform(LINE / 2, height - count * LINE + LINE / 2)
-    return [start + index * LINE for index in range(count)]
+    """Vertical centres of `count` lines of text, one below the other, anywhere they fit."""
+    first = chance.randint(0, height // LINE - count)
+    return [(first + index + 0.5) * LINE + chance.uniform(-2, 2) for index in range(count)]
+
+
+def place_text(chance: random.Random, width: int, longest: int, *, after: int = 0) -> float:
+    """A left end for `longest` symbols within `width`, at a visual token's edge give or take two pixels."""
+    last = (width - longest * ADVANCE) // LINE
+    return chance.randint(-(-after // LINE), last) * LINE + chance.uniform(-2, 2)
 
 
 def document(chance: random.Random) -> Scene:
@@ -58,13 +62,13 @@ def document(chance: random.Random) -> Scene:
     columns, rows = chance.choice(((2, 1), (2, 2), (2, 2), (2, 3), (3, 2), (3, 1), (3, 3)))
     page = drawing.blank_page(columns, rows, chance)
     width, height = page.size
-    count = chance.randint(3, min(8, rows * 4 - 1))
+    count = chance.randint(3, min(8, rows * 4))
     labels = chance.sample(LABELS, count)
-    value_left = chance.uniform(84, width - drawing.text_width("00000000") - 4)
+    left, value_left = chance.uniform(0, 4), place_text(chance, width, 8, after=84)
     questions = []
     for label, y in zip(labels, line_heights(chance, height, count), strict=True):
         value = random_word(chance)
-        label_box = drawing.draw_text(page, label, x=chance.uniform(4, 16), y=y, color="blue")
+        label_box = drawing.draw_text(page, label, x=left, y=y, color="blue")
         value_box = drawing.draw_text(page, value, x=value_left, y=y)
         asked = f"What is the {label.lower()}?"
         questions.append(Question(asked, value, "document", spans_tiles(label_box, value_box)))
@@ -73,21 +77,21 @@ def document(chance: random.Random) -> Scene:
 
 def receipt(chance: random.Random) -> Scene:
     """Items with prices and, below a ruling, their total."""
-    columns, rows = chance.choice(((2, 2), (2, 2), (2, 3), (3, 2), (3, 3)))
+    columns, rows = chance.choice(((2, 1), (2, 2), (2, 2), (2, 3), (3, 2), (3, 3)))
     page = drawing.blank_page(columns, rows, chance)
     width, height = page.size
-    count = chance.randint(3, min(8, rows * 4 - 2))
+    count = chance.randint(3, min(8, rows * 4 - 1))
     items = chance.sample(ITEMS, count)
     cents = [chance.randint(50, 1999) for _ in items]
     lines = [*zip(items, cents, strict=True), ("TOTAL", sum(cents))]
-    right, left = width - chance.uniform(6, 20), chance.uniform(6, 20)
+    left, price_left = chance.uniform(0, 4), place_text(chance, width, 6, after=112)
     questions = []
     for (item, price), y in zip(lines, line_heights(chance, height, count + 1), strict=True):
         text = f"{price / 100:.2f}"
         if item == "TOTAL":
-            drawing.draw_line(page, (left, y - LINE / 2), (right, y - LINE / 2))
+            drawing.draw_line(page, (left, y - LINE / 2), (price_left + 6 * ADVANCE, y - LINE / 2))
         item_box = drawing.draw_text(page, item, x=left, y=y)
-        price_box = drawing.draw_text(page, text, x=right - drawing.text_width(text), y=y)
+        price_box = drawing.draw_text(page, f"{text:>6}", x=price_left, y=y)
         asked = "What is the total?" if item == "TOTAL" else f"What is the price of {item.lower()}?"
         questions.append(Question(asked, text, "receipt", spans_tiles(item_box, price_box)))
     return Scene((page,), (questions[-1], *chance.sample(questions[:-1], min(4, count))))
@@ -98,19 +102,19 @@ def chart(chance: random.Random) -> Scene:
     columns = chance.choice((2, 2, 3))
     page = drawing.blank_page(columns, 2, chance)
     width, height = page.size
-    unit, base, left = 9, height - 34, 34
+    unit, base = 9, height - LINE - 2
     for mark in (5, 10, 15, 20):
-        drawing.draw_line(page, (left, base - mark * unit), (width - 4, base - mark * unit))
-        drawing.draw_text(page, f"{mark:>2}", x=4, y=base - mark * unit, size=16)
-    count = chance.randint(3, 8 if columns == 3 else 6)
+        drawing.draw_line(page, (LINE, base - mark * unit), (width - 4, base - mark * unit))
+        drawing.draw_text(page, f"{mark:>2}", x=0, y=base - mark * unit, size=16)
+    count = chance.randint(3, 7 if columns == 2 else 8)
     names, values = chance.sample(LETTERS, count), chance.sample(range(1, 21), count)
-    slot = (width - left - 6) / count
+    slots = sorted(chance.sample(range(1, width // LINE), count))
     color = chance.choice(("red", "green", "blue", "purple", "orange"))
-    for index, (name, value) in enumerate(zip(names, values, strict=True)):
-        middle = left + slot * (index + 0.5)
-        half = min(slot * 0.36, 16)
-        drawing.draw_bar(page, (middle - half, base - value * unit, middle + half, base), color)
-        drawing.draw_text(page, name, x=middle - drawing.text_width(name) / 2, y=base + 18)
+    for slot, name, value in zip(slots, names, values, strict=True):
+        middle = (slot + 0.5) * LINE
+        drawing.draw_bar(page, (middle - 9, base - value * unit, middle + 9, base), color)
+        drawing.draw_text(page, name, x=middle - ADVANCE / 2, y=height - LINE / 2)
+        page.bars.append(drawing.Bar(value, middle, base - value * unit))
     asked = [(f"What is the value of bar {name}?", str(value)) for name, value in zip(names, values, strict=True)]
     asked = chance.sample(asked, min(4, count))
     asked.append(("Which bar is the tallest?", names[values.index(max(values))]))
@@ -125,12 +129,11 @@ def text(chance: random.Random) -> Scene:
     page = drawing.blank_page(columns, rows, chance)
     width, height = page.size
     count = chance.randint(1, 3)
-    slots = chance.sample(range(rows * 4), count)
+    lines = chance.sample(range(height // LINE), count)
     questions = []
-    for slot, color in zip(slots, chance.sample(INK, count), strict=True):
+    for line, color in zip(lines, chance.sample(INK, count), strict=True):
         word = random_word(chance)
-        x = chance.uniform(2, width - drawing.text_width(word) - 2)
-        y = slot * LINE + LINE / 2 + chance.uniform(-3, 3)
+        x, y = place_text(chance, width, len(word)), (line + 0.5) * LINE + chance.uniform(-3, 3)
         box = drawing.draw_text(page, word, x=x, y=y, color=color)
         asked = "What does the text say?" if count == 1 else f"What does the {color} text say?"
         questions.append(Question(asked, word, "text", spans_tiles(box)))
@@ -239,8 +242,7 @@ def several(chance: random.Random) -> Scene:
         columns = chance.choice((1, 1, 2))
         page = drawing.blank_page(columns, 1, chance)
         word = random_word(chance)
-        x = chance.uniform(2, page.size[0] - drawing.text_width(word) - 2) if len(word) < 9 else 2
-        y = chance.uniform(LINE / 2, CELL - LINE / 2)
+        x, y = place_text(chance, page.size[0], len(word)), (chance.randrange(4) + 0.5) * LINE + chance.uniform(-3, 3)
         box = drawing.draw_text(page, word, x=x, y=y, color=chance.choice(INK))
         pictures.append(page)
         questions.append(Question(f"What does Image-{number} say?", word, "several", spans_tiles(box)))

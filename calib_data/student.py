@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlquant.calib_data.batches import SYMBOLS_PER_CELL
-from vlquant.calib_data.drawing import COLORS, SHAPES, SYMBOLS
+from vlquant.calib_data.batches import CELL_CLASSES
 from vlquant.config import ModelConfig
 from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
 from vlquant.vision import VisionConfig, vision_features
@@ -95,8 +94,7 @@ def create_student(config: ModelConfig, seed: int, image_token: int) -> Student:
     generator = torch.Generator().manual_seed(seed)
     shapes = vision_shapes(config.vision, config.decoder.hidden_size) | decoder_shapes(config.decoder)
     weights = {name: nn.Parameter(initial(name, shape, generator)) for name, shape in shapes.items()}
-    classes = SYMBOLS_PER_CELL * (1 + len(SYMBOLS)) + 2 + len(SHAPES) + len(COLORS)
-    cell_head = nn.Parameter(torch.randn(classes, config.decoder.hidden_size, generator=generator) * 0.02)
+    cell_head = nn.Parameter(torch.randn(sum(CELL_CLASSES.values()), config.decoder.hidden_size, generator=generator) * 0.02)
     return Student(config, weights, cell_head, image_token)
 
 
