@@ -77,10 +77,10 @@ def compare(expected: Tensor, actual: Tensor) -> Parity:
 def real_tiles(config: ModelConfig, count: int) -> Tensor:
     """Normalized tiles [count, 3, side, side], at most two from each picture of the calibration set."""
     chat, tiles = config.chat, []
+    tiling = {"max_tiles": chat.max_tiles, "image_size": chat.image_size, "use_thumbnail": chat.use_thumbnail}
     for sample in samples("calibration", count * 2):
         for image in sample.images:
-            cut = cut_tiles(image, max_tiles=chat.max_tiles, image_size=chat.image_size, use_thumbnail=chat.use_thumbnail)
-            tiles += cut[:2]
+            tiles += cut_tiles(image, **tiling)[:2]
     return normalize(tiles[:count])
 
 
@@ -90,6 +90,6 @@ def torch_features(tiles: Tensor, weights: Mapping[str, Tensor], config: VisionC
 
 
 def onnx_features(path: Path, tiles: Tensor) -> Tensor:
-    session = open_session(path, torch.device("cpu"))
+    session = open_session(path, torch.device("cpu"), repack=False)  # 22 GB of InternViT-6B as a copy would not fit
     batches = tiles.split(BATCHES)
     return torch.cat([torch.from_numpy(session.run([OUTPUT], {INPUT: batch.numpy()})[0]) for batch in batches])

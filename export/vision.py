@@ -145,5 +145,7 @@ def _is_kept(output: Path, source_hash: str, *, overwrite: bool) -> bool:
     if damaged or overwrite and manifest.source_sha256 != source_hash:
         return False  # A damaged export of ours: nothing is lost by writing it again.
     if manifest.source_sha256 != source_hash:
-        raise OutputRefused(f"{output} was exported from other weights; add --overwrite, or choose another folder with -o")
+        raise OutputRefused(
+            f"{output} was exported from other weights; add --overwrite, or choose another folder with -o"
+        )
     return True

@@ -20,6 +20,8 @@ from vlquant.export import verify
 from vlquant.export.graph import IR_VERSION, LARGE_ALIGNMENT, LARGE_TENSOR_BYTES, OPSET, WeightFile
 from vlquant.export.vision import VisionWeights, export_vision
 from vlquant.model import open_model
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
 from vlquant.runtime.vision_session import OnnxVision
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.vision import vision_features
@@ -239,3 +241,10 @@ def test_a_checkpoint_is_exported_beside_itself_by_default(checkpoint, tmp_path,
     monkeypatch.chdir(tmp_path)
     assert export_vision(checkpoint) == Path("checkpoint-vision")
     assert (tmp_path / "checkpoint-vision" / "model.onnx").is_file()
+
+
+def test_a_bundle_gets_its_vision_folder(small_case, tmp_path, exported):
+    bundle = quantize(small_case.folder, recipe=Recipe(method="bnb"), output=tmp_path / "bundle")
+    assert export_vision(bundle) == bundle / "vision"
+    for name in ("model.onnx", "model.data"):  # the same tower, read from another layout
+        assert (bundle / "vision" / name).read_bytes() == (exported(small_case.folder) / name).read_bytes()

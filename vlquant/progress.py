@@ -37,17 +37,17 @@ def drawn_progress() -> Iterator[Callable[[Event | str], None]]:
     try:
         yield report
     finally:
-        bars.stop()
+        if bars.live.is_started:  # Stopping what never started prints an empty line.
+            bars.stop()
 
 
 def move_bar(bars: Progress, event: Event) -> None:
     """Draw one stage's bar; when it is full nothing is drawn, so that results can be printed."""
-    task = next((task for task in bars.tasks if task.description == event.stage), None)
+    task = next((task.id for task in bars.tasks if task.description == event.stage), None)
     if task is None:
         bars.start()
-        bars.add_task(event.stage, completed=event.done, total=event.total)
-        return
-    bars.update(task.id, completed=event.done, total=event.total)
+        task = bars.add_task(event.stage)
+    bars.update(task, completed=event.done, total=event.total)
     if event.done >= event.total:
-        bars.remove_task(task.id)
+        bars.remove_task(task)
         bars.stop()
