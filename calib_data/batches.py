@@ -129,7 +129,9 @@ def label_cells(picture: Picture, columns: int, rows: int, config: ModelConfig) 
     for glyph in picture.glyphs:
         if glyph.symbol in READABLE:
             second = glyph.x / width % 1 >= 0.5
-            cell_at(glyph.x, glyph.y)[2 if second else 1] = 1 + READABLE.index(glyph.symbol)
+            cell = cell_at(glyph.x, glyph.y)
+            cell[2 if second else 1] = 1 + READABLE.index(glyph.symbol)
+            cell[4] = 1 + list(COLORS).index(glyph.color)
     inside = torch.arange(columns * side) % side > 0  # A tile cannot see what is left of it.
     labels[:, 1:, 0] = labels[:, :-1, 2] * inside[1:]
     for figure in picture.figures:

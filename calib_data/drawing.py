@@ -42,6 +42,7 @@ class Glyph:
     """One drawn symbol and its centre in pixels."""
 
     symbol: str
+    color: str
     x: float
     y: float
 
@@ -95,7 +96,7 @@ def draw_text(picture: Picture, text: str, *, x: float, y: float, color: str = "
         if symbol != " ":
             center = x + (index + 0.5) * ADVANCE
             pen.text((center, y), symbol, fill=COLORS[color], font=font, anchor="mm")
-            picture.glyphs.append(Glyph(symbol, center, y))
+            picture.glyphs.append(Glyph(symbol, color, center, y))
     return (x, y - LINE / 2, x + len(text) * ADVANCE, y + LINE / 2)
 
 
@@ -128,7 +129,7 @@ def rescale(picture: Picture, scale: float) -> Picture:
     width, height = (round(side * scale) for side in picture.size)
     return Picture(
         picture.image.resize((width, height), Image.Resampling.BICUBIC),
-        [Glyph(each.symbol, each.x * scale, each.y * scale) for each in picture.glyphs],
+        [Glyph(each.symbol, each.color, each.x * scale, each.y * scale) for each in picture.glyphs],
         [Figure(each.shape, each.color, tuple(side * scale for side in each.box)) for each in picture.figures],
         [Bar(each.value, each.x * scale, each.y * scale) for each in picture.bars],
     )

@@ -9,7 +9,7 @@ from PIL import Image
 
 from vlquant.calib_data import drawing
 from vlquant.calib_data.drawing import Picture
-from vlquant.calib_data.scenes import SCENES, Question
+from vlquant.calib_data.scenes import SCENES, TRAINING_SCENES, Question
 from vlquant.request import Request
 
 KINDS = tuple(SCENES)
@@ -38,7 +38,7 @@ def draw_sample(split: str, index: int, *, seed: int = 0, kinds: Sequence[str] =
     kind = kinds[index % len(kinds)]
     key = f"{split}/{seed}/{index}/{kind}"
     chance = random.Random(key)
-    scene = SCENES[kind](chance)
+    scene = TRAINING_SCENES[kind](chance)
     # Half of the scenes are not multiples of a tile, so that tiling has to resize them.
     scale = 1.0 if chance.random() < 0.5 else chance.uniform(0.92, 1.05)
     pictures = tuple(drawing.rescale(each, scale) if scale != 1.0 else each for each in scene.pictures)

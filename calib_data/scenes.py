@@ -287,6 +287,17 @@ def text_only(chance: random.Random) -> Scene:
     return Scene((), tuple(Question(text, answer, "text_only") for text, answer in asked[:4]))
 
 
+def page(chance: random.Random) -> Scene:
+    """Lines of words, to be read out whole: for training only, since it teaches reading by the hundred symbols."""
+    columns, rows = chance.choice(((1, 1), (2, 1), (1, 2), (2, 2)))
+    sheet = drawing.blank_page(columns, rows, chance)
+    width, height = sheet.size
+    words = [random_word(chance) for _ in range(chance.randint(2, rows * 4))]
+    for word, y in zip(words, line_heights(chance, height, len(words)), strict=True):
+        drawing.draw_text(sheet, word, x=place_text(chance, width, len(word)), y=y, color=chance.choice(INK))
+    return Scene((sheet,), (Question("What does the page say?", " ".join(words), "page", True),))
+
+
 SCENES: dict[str, Callable[[random.Random], Scene]] = {
     "document": document,
     "receipt": receipt,
@@ -300,3 +311,4 @@ SCENES: dict[str, Callable[[random.Random], Scene]] = {
     "video": video,
     "text_only": text_only,
 }
+TRAINING_SCENES = {**SCENES, "page": page}

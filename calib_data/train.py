@@ -40,7 +40,7 @@ class Phase:
 PHASES = (
     Phase("see", 0.1, KINDS),
     # In the full mixture reading stays undiscovered for very long; alone it takes some hundred steps.
-    Phase("read", 0.25, ("text", "text_only", "text", "several", "text", "document")),
+    Phase("read", 0.4, ("page", "page", "text_only", "page", "several", "text")),
     Phase("answer", 1.0, KINDS),
 )
 DECAY_SHARE = 0.4
@@ -196,7 +196,7 @@ def exact_by_kind(batch: Batch, guesses: Tensor) -> dict[str, float]:
         for number in range(1, len(row.sample.questions) + 1):
             mine = answered & (segments == number)
             right.setdefault(row.sample.kind, []).append(bool(hits[index, :length][mine].all()))
-    return {kind: round(sum(right[kind]) / len(right[kind]), 2) for kind in KINDS if kind in right}
+    return {kind: round(sum(right[kind]) / len(right[kind]), 2) for kind in right}
 
 
 if __name__ == "__main__":
