@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -40,24 +41,33 @@ class Student:
     def cell_logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.cell_head)
 
+    def learners(self, phase: str) -> list[Tensor]:
+        """What a phase trains: "see" the vision tower, "read" the language model, "answer" both.
+
+        The others must have no gradient at all: from a zero one Muon, which scales every update to full size,
+        would make full steps along its fading momentum.
+        """
+        seeing = [each for name, each in self.weights.items() if not is_language(name)] + [self.cell_head]
+        speaking = [each for name, each in self.weights.items() if is_language(name)]
+        return {"see": seeing, "read": speaking, "answer": seeing + speaking}[phase]
+
     def set_rate(self, rate: float) -> None:
         """Set both learning rates from the matrices' one."""
         for name, optimizer in self.optimizers.items():
             for group in optimizer.param_groups:
                 group["lr"] = rate * (1.0 if name == "matrices" else MATRIX_TO_VECTOR_RATE)
 
-    def step(self, loss: Tensor) -> None:
-        """Back-propagate `loss`, average the gradients of all processes and update."""
+    def step(self, loss: Tensor, learners: Sequence[Tensor]) -> None:
+        """Back-propagate `loss`, average the gradients of all processes and update `learners`, nothing else."""
         loss.backward()
-        parameters = [*self.weights.values(), self.cell_head]
-        average_gradients(parameters)
-        torch.nn.utils.clip_grad_norm_(parameters, GRADIENT_LIMIT)
+        average_gradients(learners)
+        torch.nn.utils.clip_grad_norm_(learners, GRADIENT_LIMIT)
         for optimizer in self.optimizers.values():
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
 
-def average_gradients(parameters: list[Tensor]) -> None:
+def average_gradients(parameters: Sequence[Tensor]) -> None:
     """Replace each gradient by its mean over all processes; a parameter unused by one counts as zero there."""
     for each in parameters:
         if each.grad is None:
@@ -67,6 +77,10 @@ def average_gradients(parameters: list[Tensor]) -> None:
     flat /= torch.distributed.get_world_size()
     for each, part in zip(parameters, flat.split([each.numel() for each in parameters]), strict=True):
         each.grad.copy_(part.view_as(each))
+
+
+def is_language(name: str) -> bool:
+    return name.startswith(("model.language_model.", "lm_head."))
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:

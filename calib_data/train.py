@@ -154,7 +154,7 @@ def take_step(student: Student, batch: Batch, phase: str) -> dict[str, float]:
         answer_loss = F.cross_entropy(answers.float(), batch.targets[batch.targets != IGNORE])
         loss = answer_loss + CELL_LOSS_WEIGHT * loss
         measured |= {"answers": round(answer_loss.item(), 4), "exact": exact_by_kind(batch, answers.argmax(-1))}
-    student.step(loss)
+    student.step(loss, student.learners(phase))
     return measured
 
 
