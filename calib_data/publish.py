@@ -16,6 +16,7 @@ def publish(weights: dict[str, Tensor], config: ModelConfig, output: Path) -> No
     rounded = {name: each.detach().to(torch.bfloat16) for name, each in weights.items()}
     tensors = {name: each.contiguous() for name, each in original_tensors(rounded, config).items()}
     save_file(tensors, output / "model.safetensors", metadata={"format": "pt"})
+    (output / "model.safetensors").chmod(0o644)  # safetensors writes files that only their owner can read.
     write_json(output / "generation_config.json", {"_from_model_config": True, "eos_token_id": [2]})
     write_json(
         output / "preprocessor_config.json",

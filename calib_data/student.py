@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from vlquant.calib_data.batches import CELL_CLASSES
 from vlquant.config import ModelConfig
 from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
+from vlquant.model import open_model
 from vlquant.vision import VisionConfig, vision_features
 
 GRADIENT_LIMIT = 1.0
@@ -210,6 +211,14 @@ def load_checkpoint(student: Student, folder: Path) -> dict:
                 state.setdefault(int(index), {})[field] = each
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
     return json.loads(read_metadata(path)["progress"])
+
+
+def load_published(student: Student, folder: Path) -> None:
+    """Take the weights of a checkpoint in the published layout; optimizers and cell head begin afresh."""
+    model = open_model(folder)
+    with torch.no_grad():
+        for name, weight in student.weights.items():
+            weight.copy_(model.tensor(name))
 
 
 def read_metadata(path: Path) -> dict[str, str]:

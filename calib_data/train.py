@@ -6,6 +6,7 @@ again, it continues from its last checkpoint.
 """
 
 import json
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from vlquant.calib_data.batches import CELL_CLASSES, IGNORE, Batch, Row, collate
 from vlquant.calib_data.demo_config import demo_config
 from vlquant.calib_data.publish import publish
 from vlquant.calib_data.samples import KINDS, draw_sample
-from vlquant.calib_data.student import Student, create_student, load_checkpoint, save_checkpoint
+from vlquant.calib_data.student import Student, create_student, load_checkpoint, load_published, save_checkpoint
 from vlquant.calib_data.vocabulary import write_json, write_tokenizer
 from vlquant.config import read_config
 from vlquant.tokenizer import load_tokenizer
@@ -62,6 +63,7 @@ class Plan:
     seed: int
     processes: int
     rate: float
+    start: Path | None
 
 
 @dataclass(frozen=True)
@@ -77,13 +79,17 @@ def train(
     minutes: Annotated[float, typer.Option(help="Training time, earlier runs counted in.")] = 120,
     seed: Annotated[int, typer.Option(help="Seed of weights and pictures.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes of one thread each; each takes ROWS scenes a step.")] = 2,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices.")] = 0.01,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices.")] = 0.004,
+    start: Annotated[Path | None, typer.Option(help="Published model to start from: all kinds from the first step.")] = None,
 ) -> None:
     """Train the demo model, or continue, until MINUTES are used up; then write it in the published layout."""
     (output / "training").mkdir(parents=True, exist_ok=True)
     (output / "training" / "processes").unlink(missing_ok=True)
-    write_json(output / "config.json", demo_config(write_tokenizer(output)))
-    plan = Plan(output, minutes, seed, processes, rate)
+    if start is not None:
+        copy_settings(start, output)
+    elif not (output / "config.json").exists():
+        write_json(output / "config.json", demo_config(write_tokenizer(output)))
+    plan = Plan(output, minutes, seed, processes, rate, start)
     # One-thread processes with averaged gradients use small matrices' cores far better than threads do.
     torch.multiprocessing.spawn(work, (plan,), nprocs=processes)
 
@@ -95,11 +101,13 @@ def work(rank: int, plan: Plan) -> None:
     torch.distributed.init_process_group("gloo", init_method=meeting_point, rank=rank, world_size=plan.processes)
     config, tokenizer = read_config(plan.output), load_tokenizer(plan.output)
     student = create_student(config, plan.seed, tokenizer.token_id(config.chat.image_token))
+    if plan.start is not None:
+        load_published(student, plan.start)
     progress = Progress(**load_checkpoint(student, plan.output / "training"))
     saved, started = time.monotonic(), time.monotonic() - progress.seconds
     while progress.seconds < plan.minutes * 60:
         part = progress.seconds / (plan.minutes * 60)
-        phase = next(each for each in PHASES if part < each.until)
+        phase = PHASES[-1] if plan.start else next(each for each in PHASES if part < each.until)
         student.set_rate(plan.rate * schedule(part))
         first = (progress.step * plan.processes + rank * POOL) * ROWS
         rows = [
@@ -118,6 +126,13 @@ def work(rank: int, plan: Plan) -> None:
         save_checkpoint(student, plan.output / "training", progress.__dict__)
         publish(student.weights, config, plan.output)
     torch.distributed.destroy_process_group()
+
+
+def copy_settings(start: Path, output: Path) -> None:
+    """Take config.json and the tokenizer over from the model to start from."""
+    for path in start.iterdir():
+        if path.name == "tokenizer.model" or path.suffix == ".json":
+            shutil.copyfile(path, output / path.name)
 
 
 def shared_seconds(seconds: float) -> float:

@@ -10,8 +10,8 @@ from vlquant.calib_data.batches import CELL_CLASSES, IGNORE, READABLE, collate, 
 from vlquant.calib_data.demo_config import demo_config
 from vlquant.calib_data.publish import publish
 from vlquant.calib_data.samples import draw_sample, sample_request
-from vlquant.calib_data.student import create_student, load_checkpoint, save_checkpoint
-from vlquant.calib_data.train import answer_logits, schedule, take_step
+from vlquant.calib_data.student import create_student, load_checkpoint, load_published, save_checkpoint
+from vlquant.calib_data.train import answer_logits, copy_settings, schedule, take_step
 from vlquant.calib_data.vocabulary import write_json, write_tokenizer
 from vlquant.config import read_config
 from vlquant.model import float_decoder, open_model
@@ -150,6 +150,14 @@ def test_published_weights_open(folder, student, tmp_path):
     decoder = float_decoder(model)
     rounded = student.weights["lm_head.weight"].detach().to(torch.bfloat16).float()
     assert torch.equal(decoder.head.weight, rounded)
+
+
+def test_training_can_start_from_published_weights(folder, student, tmp_path):
+    copy_settings(folder, tmp_path)
+    publish(student.weights, student.config, tmp_path)
+    again = create_student(read_config(tmp_path), 1, student.image_token)
+    load_published(again, tmp_path)
+    assert all(torch.equal(again.weights[name], each.bfloat16().float()) for name, each in student.weights.items())
 
 
 def test_schedule_rises_and_falls():
