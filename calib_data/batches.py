@@ -12,7 +12,9 @@ from PIL import Image
 from torch import Tensor
 
 from vlquant.calib_data.drawing import COLORS, SHAPES, SYMBOLS, Picture
+from vlquant.calib_data.readouts import readout
 from vlquant.calib_data.samples import Sample
+from vlquant.calib_data.scenes import Question
 from vlquant.config import ModelConfig
 from vlquant.prompt import TEMPLATES, build_prompt, expand_images, frame_placeholders, picture_placeholders
 from vlquant.tiling import choose_grid, cut_tiles, normalize
@@ -62,26 +64,27 @@ class Batch:
 
 
 def encode_sample(sample: Sample, config: ModelConfig, tokenizer: Tokenizer) -> Row:
-    """Encode a scene's pictures and all its questions."""
+    """Encode a scene's pictures and all its questions, the readout of everything last."""
     tiles, cells, counts = [], [], []
     for picture in sample.pictures:
         cut, labels = cut_picture(picture, config, max_tiles=1 if sample.video else config.chat.max_tiles)
         tiles += cut
         cells.append(labels)
         counts.append(len(cut))
-    prompts = [encode_question(sample, number, counts, config, tokenizer) for number in range(len(sample.questions))]
+    everything = readout(sample)
+    questions = [*sample.questions, *([everything] if everything else [])]
+    prompts = [encode_question(question, sample.video, counts, config, tokenizer) for question in questions]
     shared = len(commonprefix([prompt for prompt, _ in prompts])) if len(prompts) > 1 else 0
     row = Row(sample, *pack_questions(prompts, shared), tiles, join_cells(cells, config))
     return row
 
 
-def encode_question(sample: Sample, number: int, counts: list[int], config: ModelConfig, tokenizer: Tokenizer):
+def encode_question(question: Question, video: bool, counts: list[int], config: ModelConfig, tokenizer: Tokenizer):
     """Prompt ids and answer ids (stop token included) of one question."""
     template = TEMPLATES[config.chat.template]
     placeholders = ""
     if counts:
-        placeholders = frame_placeholders(len(counts)) if sample.video else picture_placeholders(len(counts))
-    question = sample.questions[number]
+        placeholders = frame_placeholders(len(counts)) if video else picture_placeholders(len(counts))
     prompt = build_prompt(template, [(placeholders + question.text, None)])
     prompt_ids = tokenizer.encode(expand_images(prompt, counts, config.chat.tokens_per_tile))
     bos = tokenizer.encode("")

@@ -77,6 +77,8 @@ class Picture:
     glyphs: list[Glyph] = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
     bars: list[Bar] = field(default_factory=list)
+    scale: float = 1.0
+    """Size in parts of the size it was drawn in."""
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,6 +134,7 @@ def rescale(picture: Picture, scale: float) -> Picture:
         [Glyph(each.symbol, each.color, each.x * scale, each.y * scale) for each in picture.glyphs],
         [Figure(each.shape, each.color, tuple(side * scale for side in each.box)) for each in picture.figures],
         [Bar(each.value, each.x * scale, each.y * scale) for each in picture.bars],
+        scale,
     )
 
 

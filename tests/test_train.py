@@ -9,6 +9,7 @@ import torch.distributed
 from vlquant.calib_data.batches import CELL_CLASSES, IGNORE, READABLE, collate, encode_sample, label_cells
 from vlquant.calib_data.demo_config import demo_config
 from vlquant.calib_data.publish import publish
+from vlquant.calib_data.readouts import readout
 from vlquant.calib_data.samples import draw_sample, sample_request
 from vlquant.calib_data.student import create_student, load_checkpoint, load_published, save_checkpoint
 from vlquant.calib_data.train import answer_logits, copy_settings, schedule, take_step
@@ -74,8 +75,9 @@ def test_a_row_equals_separate_prompts(folder, tokenizer, student):
         features = student.features(batch.pixel_values) if len(batch.pixel_values) else None
         with torch.no_grad():
             packed = answer_logits(student, batch, features)
-        requests = [sample_request(sample, question) for question in sample.questions]
-        separate = pipeline.answer_logits(requests, [question.answer for question in sample.questions])
+        questions = [*sample.questions, *([readout(sample)] if sample.pictures else [])]
+        requests = [sample_request(sample, question) for question in questions]
+        separate = pipeline.answer_logits(requests, [question.answer for question in questions])
         assert torch.allclose(packed, torch.cat(separate), atol=2e-4)
 
 
@@ -95,7 +97,26 @@ def test_targets_are_the_answers(folder, tokenizer):
     targets = [target for target in row.targets if target != IGNORE]
     stop = tokenizer.token_id("<|im_end|>")
     answers = "".join(tokenizer.decode([target]) if target != stop else "\n" for target in targets)
-    assert answers.split("\n")[:-1] == [question.answer for question in row.sample.questions]
+    expected = [*(question.answer for question in row.sample.questions), readout(row.sample).answer]
+    assert answers == "".join(answer + "\n" for answer in expected)
+
+
+def test_readouts_list_what_the_questions_are_about():
+    for index in range(110):
+        sample = draw_sample("train", index)
+        everything = readout(sample)
+        assert (everything is None) == (sample.kind == "text_only")
+        for question in sample.questions:
+            if sample.kind in ("document", "receipt", "text", "several"):
+                assert question.answer in everything.answer.split()
+            if sample.kind == "chart" and question.text.startswith("What is the value"):
+                assert f"{question.text[-2]} {question.answer}" in everything.answer.split(", ")
+            if sample.kind == "count":
+                word = question.text.split()[2].removesuffix("s").removesuffix("e")
+                assert everything.answer.count(word) >= int(question.answer)
+            if sample.kind == "yes_no":
+                name = question.text.removesuffix("?").split(maxsplit=3)[3]
+                assert (name in everything.answer.split(", ")) == (question.answer == "yes")
 
 
 def test_labels_name_what_is_drawn(folder):
