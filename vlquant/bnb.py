@@ -5,6 +5,7 @@ in 8 bits in blocks of 256. LLM.int8: one absolute maximum per row. Writing asks
 """
 
 import json
+import logging
 from collections.abc import Mapping
 
 import torch
@@ -75,6 +76,8 @@ def dequantize_int8(tensors: Mapping[str, Tensor], *, dtype: torch.dtype = torch
 
 
 def _library():
+    # It warns of a missing kernel for multiplying, which is not what we use it for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     try:
         import bitsandbytes.functional as functional
     except ImportError as error:

@@ -4,7 +4,6 @@ import json
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
@@ -32,19 +31,6 @@ SCENES = 55
 """About 200 questions: an estimate, no verdict."""
 SHOWN = (0, 1, 2)
 """Scenes of the development split that are shown with both answers: a document, a receipt, a chart."""
-
-
-@dataclass(frozen=True)
-class Contestant:
-    """One row of the final table."""
-
-    name: str
-    bytes: int
-    """Of the folder's weights, vision tower in ONNX left out."""
-    score: float
-    difference: str
-    speed: float
-    """Tokens per second while decoding one answer."""
 
 
 def demo(folder: str | Path | None = None, *, console: Console | None = None, report: Report = silent) -> Path:
@@ -89,8 +75,8 @@ def print_table(
     first = next(iter(results.values()))
     original_bytes = weight_bytes(demo_model())
     table = Table("", box=None, header_style="dim")
-    for heading in ("weights MB", "ratio", "score", "difference, 95 % interval", "ONNX parity", "tokens/s"):
-        table.add_column(heading, justify="right")
+    for heading in ("MB", "ratio", "score", "difference [95 %]", "ONNX parity", "tokens/s"):
+        table.add_column(heading, justify="right", no_wrap=True)
     speed = decoding_speed(pipelines["reference"])
     table.add_row("original", megabytes(original_bytes), "1.00", points(first.reference_score), "", "", f"{speed:.0f}")
     for name, bundle in bundles.items():
@@ -105,6 +91,7 @@ def print_table(
             f"{decoding_speed(pipelines[name]):.0f}",
         )
     console.print(f"{first.questions} questions about {first.pictures} unseen scenes: an estimate, no verdict")
+    console.print("MB: safetensors; ratio: original to bundle; difference: points, paired by scene", style="dim")
     console.print(table)
     console.print("The vision tower, embeddings and head stay 16 bit; in a model this small they weigh most.", style="dim")
 
