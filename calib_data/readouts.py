@@ -4,11 +4,13 @@ A hundred answered tokens a picture instead of five: finding, naming and pairing
 these, and the real questions then have something to ask with.
 """
 
+import re
 from itertools import groupby
 
 from vlquant.calib_data.drawing import ADVANCE, CELL, LINE, Glyph, Picture
 from vlquant.calib_data.samples import Sample
 from vlquant.calib_data.scenes import Question
+from vlquant.metrics import read_box
 
 
 def readout(sample: Sample) -> Question | None:
@@ -16,11 +18,19 @@ def readout(sample: Sample) -> Question | None:
     if not sample.pictures or sample.kind == "page":
         return None
     first = sample.pictures[0]
+    if sample.kind == "locate":
+        return Question("Where is everything?", list_boxes(sample), sample.kind)
     if first.bars:
         return Question("What are the values?", list_bars(first), sample.kind)
     if first.glyphs:
         return Question("What does the page say?", "\n".join(map(list_text, sample.pictures)), sample.kind)
     return Question("What is there?", ", ".join(map(list_figures, sample.pictures)), sample.kind)
+
+
+def list_boxes(sample: Sample) -> str:
+    """Shapes that are asked for with their boxes, from left to right: "star [[10, 20, 110, 120]], circle ..."."""
+    ordered = sorted(sample.questions, key=lambda question: read_box(question.answer))
+    return ", ".join(f"{re.search('<ref>(.*)</ref>', each.text)[1]} {each.answer}" for each in ordered)
 
 
 def list_bars(picture: Picture) -> str:

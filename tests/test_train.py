@@ -111,6 +111,8 @@ def test_readouts_list_what_the_questions_are_about():
                 assert question.answer in everything.answer.split()
             if sample.kind == "chart" and question.text.startswith("What is the value"):
                 assert f"{question.text[-2]} {question.answer}" in everything.answer.split(", ")
+            if sample.kind == "locate":
+                assert question.answer in everything.answer
             if sample.kind == "count":
                 word = question.text.split()[2].removesuffix("s").removesuffix("e")
                 assert everything.answer.count(word) >= int(question.answer)
