@@ -104,15 +104,17 @@ def _converse(pipeline: Pipeline, conversation: Conversation, generation: Genera
     console = Console(stderr=True)
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = console.input("[bold]> [/bold]" if sys.stdin.isatty() else "").strip()
         except (EOFError, KeyboardInterrupt):
+            if sys.stdin.isatty():
+                console.print()  # The shell's prompt begins a line of its own.
             return
         if line == "/quit":
             return
         try:
             _take(line, pipeline, conversation, generation)
         except VlquantError as error:
-            console.print(str(error), style="red", markup=False)
+            console.print(str(error), style="red", markup=False, highlight=False, soft_wrap=True)
         except KeyboardInterrupt:
             console.print("interrupted; this turn is forgotten", style="dim")
 

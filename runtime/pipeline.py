@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.bundle import find_bundle
+from vlquant.bundle import MANIFEST, find_bundle
 from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
@@ -44,10 +44,12 @@ def load(
     folder = find_bundle() if path is None else resolve_model(path)
     if folder is None:
         raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize.")
+    if (folder / MANIFEST).is_file():
+        find_bundle(folder)  # Whether it is whole.
     exported = folder / "vision"
     if vision == "onnx" and not (exported / "model.onnx").is_file():
         raise InvalidRequest(
-            f"{folder} has no vision tower in ONNX; run `vlquant export-vision {folder}`, or choose the torch vision tower."
+            f"{folder} has no vision tower in ONNX; run `vlquant export-vision {folder}`, or take the torch tower (--vision torch, vision='torch')."
         )
     model = open_model(folder)
     session = OnnxVision(exported, device) if vision == "onnx" else TorchVision(model, device)
@@ -168,10 +170,11 @@ class Pipeline:
                 request = replace(request, max_tiles=self.max_tiles)
             encoded = encode_request(request, self.config, self.tokenizer)
         if len(encoded.ids) > self.position_limit:
-            pictures = f"{len(encoded.tiles)} tiles of {self.config.chat.tokens_per_tile} tokens among them"
+            pictures = f" ({len(encoded.tiles)} tiles of {self.config.chat.tokens_per_tile} tokens among them)"
+            ways_out = "lower --max-tiles, or give fewer pictures, frames or turns"
             raise InvalidRequest(
-                f"the conversation has {len(encoded.ids)} tokens ({pictures}), and this model takes at most "
-                f"{self.position_limit}; lower --max-tiles, or give fewer pictures, frames or turns."
+                f"the conversation has {len(encoded.ids)} tokens{pictures if encoded.tiles else ''}, and this model takes at "
+                f"most {self.position_limit}; {ways_out if encoded.tiles else 'shorten the text, or give fewer turns'}."
             )
         return encoded
 
@@ -302,5 +305,5 @@ class Stream:
 def _request(question: str | Request, images: Sequence, video: object, history: History | None) -> Request:
     if isinstance(question, Request):
         return question
-    images = tuple(images) if isinstance(images, (list, tuple)) else (images,)
+    images = () if images is None else tuple(images) if isinstance(images, (list, tuple)) else (images,)
     return Request(question=question, images=images, video=video, history=history)

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -82,7 +83,7 @@ def test_damage_is_noticed(tmp_path):
 def test_bundle_is_found_where_it_should_be(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_bundle() is None
-    for age, name in enumerate(("old", "new", "incomplete")):
+    for age, name in enumerate(("old", "new", "incomplete", ".old.killed.partial")):
         folder = make_bundle(tmp_path / name)
         os.utime(folder / "vlquant.json", (1000 + age, 1000 + age))
     (tmp_path / "incomplete" / "model.safetensors").unlink()
@@ -135,6 +136,45 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path):
             (second / "data").write_text("second")
         assert (running / "data").read_text() == "mine"
     assert (tmp_path / "out" / "data").read_text() == "mine"
+
+
+def test_leftovers_go_whatever_the_name(tmp_path):
+    (tmp_path / ".a[1].dead.partial").mkdir()
+    with publishing(tmp_path / "a[1]") as hidden:
+        (hidden / "data").write_text("mine")
+    assert [path.name for path in tmp_path.iterdir()] == ["a[1]"]
+
+
+def test_of_a_link_is_replaced_what_it_leads_to(tmp_path):
+    target, link = make_bundle(tmp_path / "big" / "disk"), tmp_path / "link"
+    link.symlink_to(target)
+    with publishing(link) as hidden:
+        assert hidden.parent == target.parent
+        (hidden / "data").write_text("mine")
+    assert link.is_symlink() and (target / "data").read_text() == "mine"
+
+
+@pytest.mark.parametrize("output", [".", "..", "../here", "../link"])
+def test_the_current_folder_is_refused_before_the_work(tmp_path, monkeypatch, output):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "link").symlink_to("here")
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(OutputRefused, match="name a new folder"), publishing(Path(output)):
+        raise AssertionError("the work was begun")
+    assert {path.name for path in tmp_path.rglob("*")} == {"here", "link"}
+
+
+def test_what_cannot_be_renamed_stays(tmp_path, monkeypatch):
+    output = make_bundle(tmp_path / "out")
+
+    def busy(*_):
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(Path, "rename", busy)
+    with pytest.raises(OutputRefused, match="out cannot be replaced .Device or resource busy."), publishing(output):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert missing_files(output, read_manifest(output)) == []
 
 
 def test_only_bundles_are_ever_replaced(tmp_path):

@@ -69,6 +69,7 @@ def test_mistakes_do_not_end_a_conversation(pipe, typed, capsys):
     output = capsys.readouterr()
     assert output.out == pipe.ask("Hello!", generation=SHORT).text + "\n"
     assert "nowhere.png" in output.err and "/imagine" in output.err
+    assert "> " not in output.err  # Prompts are for people.
 
 
 def test_two_new_pictures_are_numbered():

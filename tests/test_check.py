@@ -1,14 +1,18 @@
 """`vlquant check` on a small checkpoint: what it finds, writes and refuses; arithmetic on made-up answers."""
 
+import io
 import json
 import shutil
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
+from vlquant.bundle import read_manifest
 from vlquant.calib_data.samples import samples
-from vlquant.check import check, summarize
-from vlquant.errors import InvalidRequest
+from vlquant.check import check, find_reference, summarize
+from vlquant.errors import BrokenCheckpoint, InvalidRequest
+from vlquant.inspect import check_line, inspect
 from vlquant.judge import Judged, judge
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
@@ -57,12 +61,54 @@ def test_check_writes_what_it_found(bundle, checkpoint):
     assert [each.read_bytes() for each in (bundle / "checks").iterdir()] == [first]
 
 
+def test_inspect_tells_what_a_check_found(bundle, checkpoint):
+    result = check(bundle, reference=checkpoint, scenes=2)
+    with Console(record=True, width=100, file=io.StringIO()) as console:
+        inspect(bundle, console=console)
+    lines = [line for line in console.export_text().splitlines() if line.startswith("checked: ")]
+    assert any(f"{result.verdict}, {100 * result.difference.mean:+.2f} [" in line for line in lines)
+    assert any(f"{result.questions} questions about 2 scenes" in line for line in lines)
+    with pytest.raises(BrokenCheckpoint, match="run vlquant check again"):
+        check_line(bundle / "config.json")
+
+
 def test_another_checkpoint_is_not_the_reference(bundle, checkpoint, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(checkpoint, other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(InvalidRequest, match="config.json differs"):
         check(bundle, reference=other, scenes=1)
+
+
+def test_the_reference_is_found_beside_the_bundle_and_never_fetched(bundle, checkpoint, monkeypatch, tmp_path):
+    import huggingface_hub
+
+    def download(_, *, local_files_only=False, **__):
+        assert local_files_only
+        raise FileNotFoundError("not downloaded before")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    manifest = read_manifest(bundle)
+    assert find_reference(manifest, None, beside=checkpoint.parent / "bundle") == checkpoint
+    for name in (checkpoint.name, "InternVL2_5-8B"):
+        elsewhere = manifest.model_copy(update={"source": manifest.source.model_copy(update={"name": name})})
+        with pytest.raises(InvalidRequest, match=f"{name}, .* is not here; name its folder with --reference"):
+            find_reference(elsewhere, None, beside=tmp_path / "bundle")
+
+
+def test_a_result_that_cannot_be_stored_is_not_lost(bundle, checkpoint, tmp_path):
+    folder, remarks = tmp_path / "bundle", []
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("checks"))
+    (folder / "checks").write_text("in the way")
+    result = check(folder, reference=checkpoint, scenes=1, report=remarks.append)
+    assert result.questions > 0
+    assert any("this result is not stored" in str(remark.message) for remark in remarks)
+
+
+@pytest.mark.parametrize("points", [-1, 101, float("nan")])
+def test_margins_that_mean_nothing_are_refused(bundle, checkpoint, points):
+    with pytest.raises(InvalidRequest, match="--max-drop 0 to 100"):
+        check(bundle, reference=checkpoint, scenes=1, max_drop=points)
 
 
 def test_no_scenes_are_too_few(bundle, checkpoint):

@@ -12,8 +12,10 @@ import torch
 from PIL import Image
 
 from vlquant.config import read_config
-from vlquant.errors import InvalidRequest
+from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.model import float_decoder
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
 from vlquant.request import EncodedRequest, Request, encode_prompt, open_image
 from vlquant.runtime import Answer, Generation, load
 from vlquant.runtime.pipeline import position_limit
@@ -249,6 +251,15 @@ def test_a_prompt_longer_than_the_context_names_lengths_and_the_way_out(pipe):
     pipe.position_limit = 40
     with pytest.raises(InvalidRequest, match="at most 40; lower --max-tiles"):
         pipe.ask("What?", [picture("wide_1280x720.png")], generation=GREEDY)
+    with pytest.raises(InvalidRequest, match="at most 40; shorten the text"):
+        pipe.ask("What? " * 40, images=None, generation=GREEDY)
+
+
+def test_a_bundle_with_a_file_cut_short_is_not_loaded(tmp_path):
+    folder = quantize(GOLDEN / SMALL, recipe=Recipe(method="bnb"), output=tmp_path / "bundle")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(BrokenCheckpoint, match="incomplete: tokenizer.json .* quantize the model again"):
+        load(folder, vision="torch")
 
 
 def test_generation_ends_where_the_context_does(pipe):

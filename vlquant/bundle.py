@@ -79,6 +79,8 @@ class Manifest(Record):
 def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle; raises BrokenCheckpoint if there is none that this version understands."""
     path = Path(folder) / MANIFEST
+    if not path.parent.is_dir():
+        raise BrokenCheckpoint(f"there is no folder {folder}; name a bundle, or make one with vlquant quantize.")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -129,7 +131,8 @@ def find_bundle(path: str | Path | None = None) -> Path | None:
                 f"{here} is incomplete: {damaged[0]} is missing or has the wrong size; quantize the model again."
             )
         return here
-    candidates = sorted(here.glob(f"*/{MANIFEST}"), key=lambda found: (found.stat().st_mtime_ns, found), reverse=True)
+    candidates = [found for found in here.glob(f"*/{MANIFEST}") if not found.parent.name.startswith(".")]
+    candidates.sort(key=lambda found: (found.stat().st_mtime_ns, found), reverse=True)
     return next((found.parent for found in candidates if _is_complete(found.parent)), None)
 
 

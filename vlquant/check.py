@@ -11,7 +11,7 @@ from statistics import fmean
 from vlquant.bundle import Manifest, find_bundle, read_manifest
 from vlquant.calib_data import demo_model
 from vlquant.calib_data.samples import KINDS, Sample, samples, set_hash
-from vlquant.errors import InvalidRequest
+from vlquant.errors import InvalidRequest, OutputRefused, VlquantError
 from vlquant.events import Event, Report, silent
 from vlquant.judge import Judged, judge
 from vlquant.model import resolve_model
@@ -92,13 +92,16 @@ def check(
     scenes: of the built-in check set. The reference runs float weights and the torch vision tower.
     Raises VlquantError if either cannot be loaded or the reference is not the bundle's source.
     """
+    if max_drop is not None and not 0 <= max_drop <= 100:
+        raise InvalidRequest(f"a drop of {max_drop} points is no margin; give --max-drop 0 to 100.")
     if scenes < 1:
         raise InvalidRequest(f"{scenes} scenes are too few to check anything; give --scenes 1 or more.")
     folder = find_bundle(bundle)
     if folder is None:
         raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize.")
     manifest = read_manifest(folder)
-    source = find_reference(manifest, reference)
+    source = find_reference(manifest, reference, beside=folder)
+    report(Event("check", message=f"reference {source}"))
     margin = MARGINS[manifest.recipe["bits"]] if max_drop is None else max_drop
     exported = (folder / "vision" / "model.onnx").is_file()
     if not exported:
@@ -117,24 +120,45 @@ def check(
             "set": {"name": "builtin", "seed": seed, "scenes": scenes, "sha256": set_hash("check", scenes, seed=seed)},
         },
     )
-    write_result(folder, result)
+    store_result(folder, result, report)
     return result
 
 
-def find_reference(manifest: Manifest, named: str | Path | None) -> Path:
-    """The folder of the checkpoint a bundle was made from; raises InvalidRequest if `named` is another one."""
-    demo = demo_model()
-    if named is None and manifest.source.name == demo.name:
-        named = demo
-    folder = resolve_model(named if named is not None else manifest.source.name)
+def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path) -> Path:
+    """The folder of the checkpoint that the bundle in `beside` was made from.
+
+    Raises InvalidRequest if `named` is another one, or if there is none of its name here, beside the bundle or among
+    earlier downloads: nothing is fetched that was not asked for.
+    """
+    folder = resolve_model(named) if named is not None else find_source(manifest.source.name, beside)
     for name, expected in manifest.source.files.items():
         path = folder / name
         if not path.is_file() or (path.stat().st_size <= HASHED_BYTES and file_hash(path) != expected):
             raise InvalidRequest(
                 f"{folder} is not the checkpoint {manifest.name} was made from, for its {name} differs; "
-                "name the right one with --reference."
+                "name the right one with --reference, or quantize again."
             )
     return folder
+
+
+def find_source(name: str, beside: Path) -> Path:
+    """The folder of the model `name` if it is on this machine; raises InvalidRequest if it is not."""
+    demo = demo_model()
+    if name == demo.name:
+        return demo
+    sibling = beside.resolve().parent / name
+    try:
+        return sibling if sibling.is_dir() else resolve_model(name, network=False)
+    except VlquantError:
+        raise InvalidRequest(f"{name}, which the bundle was made from, is not here; name its folder with --reference.") from None
+
+
+def store_result(folder: Path, result: CheckResult, report: Report) -> None:
+    """Write the result into the bundle; minutes of work are not thrown away because that is impossible."""
+    try:
+        write_result(folder, result)
+    except OutputRefused as error:
+        report(Event("check", message=f"warning: this result is not stored: {error}"))
 
 
 def count_questions(report: Report, asked: Sequence[Sample]) -> Callable[[int], None]:
@@ -193,6 +217,5 @@ def write_result(folder: Path, result: CheckResult) -> Path:
     fields = asdict(result)
     identity = json.dumps({key: fields[key] for key in ("reference", "vision", "set", "margin")}, sort_keys=True)
     path = folder / "checks" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
-    path.parent.mkdir(exist_ok=True)
     write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
     return path

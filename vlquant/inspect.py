@@ -32,8 +32,11 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
         console.print(vision_table(vision))
     else:
         console.print("no exported vision tower: vlquant export-vision writes one")
-    checks = sorted(path.name for path in folder.glob("checks/*.json"))
-    console.print(f"checks: {', '.join(checks)}" if checks else "never checked: vlquant check measures what it cost")
+    checks = sorted(folder.glob("checks/*.json"))
+    for path in checks:
+        console.print(check_line(path), markup=False, highlight=False, soft_wrap=True)
+    if not checks:
+        console.print("never checked: vlquant check measures what it cost")
     require_intact(folder, manifest, vision, verify=verify)
     if verify:
         console.print("every file is as it was written")
@@ -95,6 +98,18 @@ def vision_table(vision: dict) -> Table:
     return table
 
 
+def check_line(path: Path) -> str:
+    """What one check found; raises BrokenCheckpoint if its file is no result."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        mean, low, high = (100 * found["difference"][name] for name in ("mean", "low", "high"))
+        asked = f"{found['questions']} questions about {found['pictures']} scenes, seed {found['set']['seed']}"
+        difference = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points at a margin of {found['margin']:g}"
+        return f"checked: {found['verdict']}, {difference}; {asked}; vision {found['vision']} ({path.name})"
+    except (ValueError, KeyError, TypeError) as error:
+        raise BrokenCheckpoint(f"{path} is no result of a check; remove it and run vlquant check again.") from error
+
+
 def require_intact(folder: Path, manifest: Manifest, vision: dict | None, *, verify: bool) -> None:
     """Raise BrokenCheckpoint naming files that are missing or, with `verify`, whose contents have changed."""
     damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
@@ -108,8 +123,14 @@ def require_intact(folder: Path, manifest: Manifest, vision: dict | None, *, ver
     if damaged:
         raise BrokenCheckpoint(
             f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
-            "or gone; make it again."
+            f"or gone; {repair(damaged)}."
         )
+
+
+def repair(damaged: list[str]) -> str:
+    """The verb that writes the damaged files again."""
+    only_vision = all(name.startswith("vision/") for name in damaged)
+    return "run vlquant export-vision again" if only_vision else "quantize the model again"
 
 
 def _facts(title: str) -> Table:

@@ -183,10 +183,11 @@ def float_decoder(model: Model, dtype: torch.dtype = torch.float32) -> Decoder:
     return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=FloatLinear(head))
 
 
-def resolve_model(name: str | Path) -> Path:
+def resolve_model(name: str | Path, *, network: bool = True) -> Path:
     """The folder of a model named by path, by published name ("InternVL2_5-8B") or by hub id ("owner/name").
 
-    Local folders win; otherwise weights, configuration and tokenizer files are downloaded, never code.
+    Local folders win; otherwise weights, configuration and tokenizer files are downloaded, never code; without
+    `network`, only an earlier download is found.
     Raises BrokenCheckpoint for a missing folder, UnsupportedCheckpoint for an unknown name.
     """
     path = Path(name).expanduser()
@@ -198,16 +199,16 @@ def resolve_model(name: str | Path) -> Path:
     if text.startswith((".", "/", "~")) or text.count("/") > 1 or "\\" in text:
         raise BrokenCheckpoint(f"folder {name} does not exist; give an existing folder or a name such as InternVL2_5-8B")
     if "/" in text:
-        return _download(text)
+        return _download(text, network=network)
     if text not in KNOWN_MODELS:
         nearest = difflib.get_close_matches(text, KNOWN_MODELS, n=3, cutoff=0.3) or KNOWN_MODELS[:3]
         raise UnsupportedCheckpoint(
             f"{text!r} is neither a folder here nor a known model; the nearest known names are {', '.join(nearest)}"
         )
-    return _download(f"{HUB_OWNER}/{text}")
+    return _download(f"{HUB_OWNER}/{text}", network=network)
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, *, network: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -215,7 +216,8 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is not a folder here, and downloading it needs huggingface_hub; run `pip install huggingface_hub`"
         ) from None
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES)))
+        offline = {} if network else {"local_files_only": True}
+        return Path(snapshot_download(hub_id, allow_patterns=list(HUB_FILES), **offline))
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise BrokenCheckpoint(

@@ -4,11 +4,12 @@ Knows no contents except how to tell a bundle, which may be replaced, from someb
 """
 
 import errno
+import glob
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlquant.bundle import MANIFEST
@@ -57,14 +58,17 @@ def require_space(output: Path, needed_bytes: int) -> None:
 def publishing(output: Path) -> Iterator[Path]:
     """A hidden folder beside `output` to write into; it becomes `output` at the end, or disappears on any failure.
 
-    Whatever `output` held before is replaced. Raises OutputRefused if the disk is full or cannot be written.
+    Whatever `output` held before is replaced; of a link, what it leads to. Raises OutputRefused if the disk is full or
+    cannot be written, or if `output` is a folder that cannot be renamed.
     """
-    hidden = _hidden_folder(output)
+    place = output.resolve()
+    _require_renamable(output, place)
+    hidden = _hidden_folder(place)
     lock = _lock(hidden)
     try:
         yield hidden
         _flush_to_disk(hidden)
-        _replace(hidden, output)
+        _replace(hidden, place)
     except OSError as error:
         if error.errno not in NO_SPACE:
             raise
@@ -75,6 +79,15 @@ def publishing(output: Path) -> Iterator[Path]:
         shutil.rmtree(hidden, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+def _require_renamable(output: Path, place: Path) -> None:
+    """Raise OutputRefused now rather than after hours: what exists at `place` is renamed at the end."""
+    if place.is_dir() and (Path.cwd().is_relative_to(place) or place.is_mount()):
+        raise OutputRefused(
+            f"{output} is the current folder, holds it, or is the root of a disk, and cannot be replaced as a whole; "
+            "name a new folder in it with -o."
+        )
 
 
 def _hidden_folder(output: Path) -> Path:
@@ -93,7 +106,7 @@ def _hidden_folder(output: Path) -> Path:
 
 def _sweep(output: Path) -> None:
     """Remove hidden folders of earlier runs that were killed; those of running ones are locked."""
-    for stale in output.parent.glob(f".{output.name}.*{HIDDEN_SUFFIX}"):
+    for stale in output.parent.glob(f".{glob.escape(output.name)}.*{HIDDEN_SUFFIX}"):
         lock = _lock(stale)
         if lock is None:
             continue
@@ -121,7 +134,11 @@ def _replace(hidden: Path, output: Path) -> None:
     older = None
     if output.exists():
         older = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=HIDDEN_SUFFIX, dir=output.parent))
-        output.rename(older / output.name)
+        try:
+            output.rename(older / output.name)
+        except OSError as error:
+            older.rmdir()
+            raise OutputRefused(f"{output} cannot be replaced ({error.strerror}); choose another folder with -o.") from error
     hidden.rename(output)
     _flush_entry(output.parent)
     if older is not None:
@@ -150,9 +167,10 @@ def _flush_entry(path: Path) -> None:
 
 
 def write_whole(path: Path, text: str) -> None:
-    """Write a text file so that it is there whole or not at all; raises OutputRefused if it cannot be written."""
+    """Write a text file, and its folder, so that it is there whole or not at all; raises OutputRefused if that fails."""
     partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
     try:
+        path.parent.mkdir(exist_ok=True)
         with partial.open("w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
@@ -160,5 +178,6 @@ def write_whole(path: Path, text: str) -> None:
         partial.rename(path)
         _flush_entry(path.parent)
     except OSError as error:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
         raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights.") from error

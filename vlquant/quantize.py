@@ -75,6 +75,8 @@ def quantize(
         return output
     require_replaceable(output, overwrite=overwrite)
     require_space(output, bundle_bytes(source, recipe))
+    if (output / "vision").is_dir():
+        report(Event("quantize", message=f"{output} is replaced: export its vision tower and check it again afterwards"))
     with publishing(output) as hidden:
         write_bundle(hidden, source, recipe=recipe, origin=origin, device=device, report=report)
     return output

@@ -1,0 +1,349 @@
+"""A table of bad input: each is one sentence with the next move and code 2, without a traceback or anything half-written."""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import av
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from vlquant.cli import app
+from vlquant.export.vision import export_vision
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
+
+ROOT = Path(__file__).parents[1]
+GOLDEN = Path(__file__).parent / "golden"
+SMALL = GOLDEN / "internlm2_chat_ntk"
+PICTURE = str(GOLDEN / "images" / "square_224.png")
+WEIGHTS = "model.safetensors"
+FUSED = "language_model.model.layers.0.attention.wqkv.weight"
+BROKEN = {}
+"""What is wrong, to (what makes it so in a folder and returns the arguments, what the error has to say)."""
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    """A whole bundle with its vision tower; never changed."""
+    folder = quantize(SMALL, recipe=Recipe(method="bnb"), output=tmp_path_factory.mktemp("bundle") / "small")
+    export_vision(folder)
+    return folder
+
+
+@pytest.fixture
+def place(tmp_path, bundle, monkeypatch):
+    """An empty working directory with a copy of the checkpoint and of the bundle, and without a network."""
+
+    def offline(*_):
+        raise AssertionError("the network was asked")
+
+    shutil.copytree(SMALL, tmp_path / "model", ignore=shutil.ignore_patterns("golden*"))
+    shutil.copytree(bundle, tmp_path / "bundle")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", offline)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, int]:
+    """Every file and folder below, hidden ones too, with its size."""
+    return {str(path.relative_to(folder)): path.stat().st_size for path in folder.rglob("*") if not path.is_dir()}
+
+
+def row(name: str, *words: str):
+    """Add what the decorated function breaks to the table; the error has to hold all `words`."""
+
+    def add(function):
+        BROKEN[name] = function, words
+        return function
+
+    return add
+
+
+def change_config(folder: Path, **values) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+def change_tensors(folder: Path, **changes) -> None:
+    """Replace tensors of a checkpoint, or take them out where the new one is None."""
+    tensors = load_file(folder / WEIGHTS) | changes
+    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, folder / WEIGHTS)
+
+
+def silent_video(path: Path) -> None:
+    """A video file that holds a stream and not one frame."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width = stream.height = 64
+        stream.pix_fmt = "yuv420p"
+        container.start_encoding()
+
+
+@row("folder is missing", "./nowhere", "does not exist", "give an existing folder")
+def _(place):
+    return "quantize", "./nowhere"
+
+
+@row("folder is empty", "empty", "config.json", "give the folder of an InternVL checkpoint")
+def _(place):
+    (place / "empty").mkdir()
+    return "quantize", "empty"
+
+
+@row("model is no InternVL", "config.json", "'llama'", "give an InternVL folder")
+def _(place):
+    change_config(place / "model", model_type="llama")
+    return "quantize", "model"
+
+
+@row("config.json is cut short", "config.json", "not valid JSON", "download it again")
+def _(place):
+    os.truncate(place / "model" / "config.json", 100)
+    return "quantize", "model"
+
+
+@row("language model is unsupported", "'GemmaForCausalLM'", "InternLM2ForCausalLM", "Qwen2ForCausalLM", "take a model with")
+def _(place):
+    change_config(place / "model", llm_config={"architectures": ["GemmaForCausalLM"]})
+    return "quantize", "model"
+
+
+@row("name is unknown", "'InternVL2_5-8b'", "nearest known names are", "InternVL2_5-8B")
+def _(place):
+    return "quantize", "InternVL2_5-8b"
+
+
+@row("weights are truncated", f"model/{WEIGHTS}", "truncated", "download it again")
+def _(place):
+    os.truncate(place / "model" / WEIGHTS, 200_000)
+    return "quantize", "model", "--method", "bnb"
+
+
+@row("weights are a Git LFS pointer", f"model/{WEIGHTS}", "Git LFS pointer", "git lfs pull")
+def _(place):
+    (place / "model" / WEIGHTS).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 12\n")
+    return "quantize", "model"
+
+
+@row("weights are missing", "model has no weights", WEIGHTS)
+def _(place):
+    (place / "model" / WEIGHTS).unlink()
+    return "quantize", "model"
+
+
+@row("tokenizer is missing", "model", "tokenizer", "download")
+def _(place):
+    (place / "model" / "tokenizer.model").unlink()
+    return "quantize", "model", "--method", "bnb"
+
+
+@row("a tensor is missing", FUSED, "download the checkpoint again")
+def _(place):
+    change_tensors(place / "model", **{FUSED: None})
+    return "quantize", "model", "--method", "bnb"
+
+
+@row("a tensor has another shape", "mlp1.1.weight", "[64, 8]", "same checkpoint")
+def _(place):
+    change_tensors(place / "model", **{"mlp1.1.weight": torch.zeros(64, 8)})
+    return "export-vision", "model"
+
+
+@row("bits that do not exist", "5 bits", "--bits 4 or --bits 8")
+def _(place):
+    return "quantize", "model", "--bits", "5"
+
+
+@row("group size that does not divide", "group size 128", "64 inputs", "q_proj", "--group-size 32 or 64 or -1")
+def _(place):
+    return "quantize", "model"
+
+
+@row("shapes that GPTQ cannot pack", "k_proj", "16 x 64", "--method bnb")
+def _(place):
+    return "quantize", "model", "--group-size", "32"
+
+
+@row("a bundle is quantized again", "bundle is already quantized", "the checkpoint it was made from")
+def _(place):
+    return "quantize", "bundle"
+
+
+@row("output is somebody else's", "holiday", "not a bundle", "-o")
+def _(place):
+    (place / "holiday").mkdir()
+    (place / "holiday" / "photo.jpg").write_bytes(b"mine")
+    return "quantize", "model", "--method", "bnb", "-o", "holiday", "--overwrite"
+
+
+@row("output is a file", "notes.txt", "is not a folder", "-o")
+def _(place):
+    (place / "notes.txt").write_text("mine")
+    return "quantize", "model", "--method", "bnb", "-o", "notes.txt"
+
+
+@row("output lies in a file", "notes.txt/out", "cannot be written", "-o")
+def _(place):
+    (place / "notes.txt").write_text("mine")
+    return "quantize", "model", "--method", "bnb", "-o", "notes.txt/out"
+
+
+@row("output is a bundle with another recipe", "bundle", "another recipe", "--overwrite")
+def _(place):
+    return "quantize", "model", "--method", "bnb", "--bits", "8", "-o", "bundle"
+
+
+@row("output is the current folder", "is the current folder", "-o")
+def _(place):
+    (place / "empty").mkdir()
+    os.chdir(place / "empty")
+    return "quantize", "../model", "--method", "bnb", "-o", "."
+
+
+@row("vision output is somebody else's", "holiday", "something other than a vision export", "-o")
+def _(place):
+    (place / "holiday").mkdir()
+    (place / "holiday" / "photo.jpg").write_bytes(b"mine")
+    return "export-vision", "model", "-o", "holiday", "--overwrite"
+
+
+@row("picture is missing", "nothing.png", "give an existing picture file")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--image", "nothing.png"
+
+
+@row("picture is none", "text.png", "cannot be read", "give a whole PNG, JPEG")
+def _(place):
+    (place / "text.png").write_text("no picture")
+    return "chat", "What?", "-m", "bundle", "--image", PICTURE, "--image", "text.png"
+
+
+@row("picture is cut short", "half.png", "cannot be read", "give a whole PNG, JPEG")
+def _(place):
+    shutil.copy(PICTURE, place / "half.png")
+    os.truncate(place / "half.png", 300)
+    return "chat", "What?", "-m", "bundle", "--image", "half.png"
+
+
+@row("video has no frames", "empty.mp4", "convert it to MP4")
+def _(place):
+    silent_video(place / "empty.mp4")
+    return "chat", "What?", "-m", "bundle", "--video", "empty.mp4"
+
+
+@row("video is missing", "nothing.mp4", "check the path")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--video", "nothing.mp4"
+
+
+@row("prompt is longer than the context", "tokens", "192", "--max-tiles")
+def _(place):
+    return "chat", "What? " * 400, "-m", "bundle", "--image", PICTURE
+
+
+@row("bundle has no vision tower", "bundle has no vision tower", "vlquant export-vision bundle")
+def _(place):
+    shutil.rmtree(place / "bundle" / "vision")
+    return "chat", "What?", "-m", "bundle", "--image", PICTURE, "--vision", "onnx"
+
+
+@row("vision tower of a bundle is cut short", "model.data", "wrong size", "vlquant export-vision")
+def _(place):
+    os.truncate(place / "bundle" / "vision" / "model.data", 1000)
+    return "chat", "What?", "-m", "bundle", "--image", PICTURE
+
+
+@row("bundle is incomplete", "bundle is incomplete", WEIGHTS, "quantize the model again")
+def _(place):
+    os.truncate(place / "bundle" / WEIGHTS, 1000)
+    return "chat", "What?", "-m", "bundle", "--image", PICTURE
+
+
+@row("CUDA is asked for and absent", "'cuda'", "0 CUDA devices", "use cpu")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--device", "cuda"
+
+
+@row("reference is another checkpoint", str(GOLDEN), "is not the checkpoint", "--reference")
+def _(place):
+    return "check", "bundle", "--reference", GOLDEN / "qwen2_hermes2", "--scenes", "1"
+
+
+@row("reference is not found", "internlm2_chat_ntk", "is not here", "--reference")
+def _(place):
+    return "check", "bundle", "--scenes", "1"
+
+
+@row("margin is negative", "-1", "--max-drop 0 to 100")
+def _(place):
+    return "check", "bundle", "--max-drop", "-1"
+
+
+@row("what is checked is no bundle", "model is not a bundle", "vlquant quantize")
+def _(place):
+    return "check", "model", "--scenes", "1"
+
+
+@row("damaged bundle is verified", WEIGHTS, "not as it was written", "quantize the model again")
+def _(place):
+    flip_last_byte(place / "bundle" / WEIGHTS)
+    return "inspect", "bundle", "--verify"
+
+
+@row("damaged vision tower is verified", "vision/model.data", "not as it was written", "vlquant export-vision")
+def _(place):
+    flip_last_byte(place / "bundle" / "vision" / "model.data")
+    return "inspect", "bundle", "--verify"
+
+
+@row("there is no bundle to inspect", "no bundle here", "vlquant quantize")
+def _(place):
+    shutil.rmtree(place / "bundle")
+    return ("inspect",)
+
+
+def flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_bad_input_is_one_sentence(name, place):
+    function, words = BROKEN[name]
+    arguments = [str(each) for each in function(place)]
+    before = contents(place)
+    done = CliRunner().invoke(app, arguments, prog_name="vlquant")
+    assert done.exit_code == 2, (done.exception, done.stderr)
+    *remarks, error = done.stderr.splitlines()
+    assert error.startswith("error: ") and not any(line.startswith("error") for line in remarks)
+    assert [word for word in words if word not in error] == [], error
+    assert "Traceback" not in done.stderr + done.stdout
+    assert contents(place) == before
+
+
+def test_no_space_left_is_one_sentence(place):
+    commands = [["quantize", "--method", "bnb", "model"], ["export-vision", "model"]]
+    code = (
+        "import resource, sys\nfrom vlquant.cli import main\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        f"for arguments in {commands}:\n"
+        "    sys.argv = ['vlquant', *arguments]\n"
+        "    try:\n        main()\n    except SystemExit as left:\n        print(left.code)"
+    )
+    before = contents(place)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout.split() == ["2", "2"], done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert ["no space left" in error and "-o" in error for error in errors] == [True, True]
+    assert "Traceback" not in done.stderr
+    assert contents(place) == before
