@@ -1,7 +1,5 @@
 """The demo model's config.json: InternVL2_5-8B's layout, in small."""
 
-DEMO_NAME = "vlquant-demo"
-
 
 def demo_config(vocab_size: int) -> dict:
     """config.json of the demo model with `vocab_size` tokens."""
