@@ -115,12 +115,16 @@ def chart(chance: random.Random) -> Scene:
         drawing.draw_bar(page, (middle - 9, base - value * unit, middle + 9, base), color)
         drawing.draw_text(page, name, x=middle - ADVANCE / 2, y=height - LINE / 2)
         page.bars.append(drawing.Bar(value, middle, base - value * unit))
-    asked = [(f"What is the value of bar {name}?", str(value)) for name, value in zip(names, values, strict=True)]
+    asked = [(ask_value(name), str(value)) for name, value in zip(names, values, strict=True)]
     asked = chance.sample(asked, min(4, count))
     asked.append(("Which bar is the tallest?", names[values.index(max(values))]))
     asked.append(("Which bar is the shortest?", names[values.index(min(values))]))
     chance.shuffle(asked)
     return Scene((page,), tuple(Question(text, answer, "chart", True) for text, answer in asked))
+
+
+def ask_value(name: str) -> str:
+    return f"What is the value of bar {name}?"
 
 
 def text(chance: random.Random) -> Scene:
@@ -167,18 +171,22 @@ def count(chance: random.Random) -> Scene:
         shape = chance.choice(SHAPES)
         figures = [(shape, chance.choice(list(COLORS))) for _ in range(target)]
         figures += any_figures(chance, others, without_shape=shape)
-        asked = f"How many {plural(shape)} are there?"
+        asked = ask_count_of_shape(shape)
     else:
         color = chance.choice(list(COLORS))
         figures = [(chance.choice(SHAPES), color) for _ in range(target)]
         figures += any_figures(chance, others, without_color=color)
-        asked = f"How many {color} shapes are there?"
+        asked = ask_count_of_color(color)
     page = scatter(chance, figures, columns, rows)
     return Scene((page,), (Question(asked, str(target), "count", True),))
 
 
-def plural(shape: str) -> str:
-    return shape + ("es" if shape == "cross" else "s")
+def ask_count_of_shape(shape: str) -> str:
+    return f"How many {shape}{'es' if shape == 'cross' else 's'} are there?"
+
+
+def ask_count_of_color(color: str) -> str:
+    return f"How many {color} shapes are there?"
 
 
 def yes_no(chance: random.Random) -> Scene:
@@ -192,12 +200,11 @@ def yes_no(chance: random.Random) -> Scene:
     asked = [(pair, "yes") for pair in chance.sample(present, min(2, len(present)))]
     asked += [(pair, "no") for pair in absent[: len(asked)]]
     chance.shuffle(asked)
-    questions = [Question(f"Is there {article(color)} {color} {shape}?", answer, "yes_no") for (shape, color), answer in asked]
-    return Scene((page,), tuple(questions))
+    return Scene((page,), tuple(Question(ask_presence(*pair), answer, "yes_no") for pair, answer in asked))
 
 
-def article(word: str) -> str:
-    return "an" if word[0] in "aeiou" else "a"
+def ask_presence(shape: str, color: str) -> str:
+    return f"Is there {'an' if color[0] in 'aeiou' else 'a'} {color} {shape}?"
 
 
 def choice(chance: random.Random) -> Scene:
@@ -208,12 +215,20 @@ def choice(chance: random.Random) -> Scene:
     page = scatter(chance, figures, columns, rows)
     questions = []
     for shape, color in figures[:3]:
-        options = chance.sample([other for other in COLORS if other != color], 5)
-        options.insert(chance.randrange(6), color)
-        listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEF", options, strict=True))
-        asked = f"What color is the {shape}?\n{listed}"
-        questions.append(Question(asked, "ABCDEF"[options.index(color)], "choice"))
+        questions.append(choose_color(chance, ask_color(shape), color))
     return Scene((page,), tuple(questions))
+
+
+def ask_color(shape: str) -> str:
+    return f"What color is the {shape}?"
+
+
+def choose_color(chance: random.Random, asked: str, color: str) -> Question:
+    """A question with six options, one of them `color`, answered by its letter."""
+    options = chance.sample([other for other in COLORS if other != color], 5)
+    options.insert(chance.randrange(6), color)
+    listed = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCDEF", options, strict=True))
+    return Question(f"{asked}\n{listed}", "ABCDEF"[options.index(color)], "choice")
 
 
 def locate(chance: random.Random) -> Scene:
@@ -264,11 +279,18 @@ def video(chance: random.Random) -> Scene:
     for index in chance.sample(range(length), 5):
         shape, color = seen[index]
         if chance.random() < 0.6:
-            asked, answer = f"Which frame shows the {color} {shape}?", f"Frame{index + 1}"
+            questions.append(find_frame(index + 1, shape, color))
         else:
-            asked, answer = f"What color is the shape in Frame{index + 1}?", color
-        questions.append(Question(asked, answer, "video", True))
+            questions.append(name_color(index + 1, color))
     return Scene(tuple(frames), tuple(questions), video=True)
+
+
+def find_frame(number: int, shape: str, color: str) -> Question:
+    return Question(f"Which frame shows the {color} {shape}?", f"Frame{number}", "video", True)
+
+
+def name_color(number: int, color: str) -> Question:
+    return Question(f"What color is the shape in Frame{number}?", color, "video", True)
 
 
 def text_only(chance: random.Random) -> Scene:

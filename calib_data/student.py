@@ -8,14 +8,17 @@ from pathlib import Path
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vlquant.calib_data.batches import CELL_CLASSES
 from vlquant.config import ModelConfig
 from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
+from vlquant.family import LANGUAGE_MODEL
+from vlquant.layout import EMBEDDING, HEAD, layer_prefix, tensor_shapes
 from vlquant.model import open_model
-from vlquant.vision import VisionConfig, vision_features
+from vlquant.vision import vision_features
 
 GRADIENT_LIMIT = 1.0
 MATRIX_TO_VECTOR_RATE = 0.2
@@ -81,7 +84,7 @@ def average_gradients(parameters: Sequence[Tensor]) -> None:
 
 
 def is_language(name: str) -> bool:
-    return name.startswith(("model.language_model.", "lm_head."))
+    return name.startswith(LANGUAGE_MODEL) or name == HEAD
 
 
 def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
@@ -89,26 +92,24 @@ def is_hidden_matrix(name: str, tensor: Tensor) -> bool:
 
 
 def student_decoder(config: DecoderConfig, weights: dict[str, Tensor]) -> Decoder:
-    prefix = "model.language_model."
     layers = []
     for index in range(config.layers):
-        own = f"{prefix}layers.{index}."
+        own = layer_prefix(index)
         tensors = {name.removeprefix(own): each for name, each in weights.items() if name.startswith(own)}
         layers.append(float_layer(tensors, config))
     return Decoder(
         config,
-        embedding=weights[prefix + "embed_tokens.weight"],
+        embedding=weights[EMBEDDING],
         layers=layers,
-        norm=weights[prefix + "norm.weight"],
-        head=FloatLinear(weights["lm_head.weight"]),
+        norm=weights[LANGUAGE_MODEL + "norm.weight"],
+        head=FloatLinear(weights[HEAD]),
     )
 
 
 def create_student(config: ModelConfig, seed: int, image_token: int) -> Student:
     """A student with fresh weights."""
     generator = torch.Generator().manual_seed(seed)
-    shapes = vision_shapes(config.vision, config.decoder.hidden_size) | decoder_shapes(config.decoder)
-    weights = {name: nn.Parameter(initial(name, shape, generator)) for name, shape in shapes.items()}
+    weights = {name: nn.Parameter(initial(name, shape, generator)) for name, shape in tensor_shapes(config).items()}
     cell_head = nn.Parameter(torch.randn(sum(CELL_CLASSES.values()), config.decoder.hidden_size, generator=generator) * 0.02)
     return Student(config, weights, cell_head, image_token)
 
@@ -123,58 +124,6 @@ def initial(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Te
         return torch.randn(shape, generator=generator) * 0.02
     fan_in = torch.Size(shape[1:]).numel()
     return torch.randn(shape, generator=generator) * fan_in**-0.5
-
-
-def vision_shapes(config: VisionConfig, language_hidden: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the vision tower's and the projector's tensors."""
-    size, inner = config.hidden_size, config.intermediate_size
-    tower = "model.vision_tower."
-    shapes = {
-        tower + "embeddings.cls_token": (1, 1, size),
-        tower + "embeddings.position_embeddings": (1, config.patches_per_side**2 + 1, size),
-        tower + "embeddings.patch_embeddings.projection.weight": (size, 3, config.patch_size, config.patch_size),
-        tower + "embeddings.patch_embeddings.projection.bias": (size,),
-    }
-    for index in range(config.layers):
-        layer = f"{tower}encoder.layer.{index}."
-        linears = {f"attention.{name}": (size, size) for name in ("q_proj", "k_proj", "v_proj", "projection_layer")}
-        linears |= {"mlp.fc1": (inner, size), "mlp.fc2": (size, inner)}
-        for name, shape in linears.items():
-            shapes |= {f"{layer}{name}.weight": shape, f"{layer}{name}.bias": shape[:1]}
-        for name in ("layernorm_before", "layernorm_after"):
-            shapes |= {f"{layer}{name}.weight": (size,), f"{layer}{name}.bias": (size,)}
-        shapes |= {f"{layer}lambda_1": (size,), f"{layer}lambda_2": (size,)}
-    wide = int(size / config.downsample_ratio**2)
-    projector = "model.multi_modal_projector."
-    for name, shape in (("linear_1", (language_hidden, wide)), ("linear_2", (language_hidden, language_hidden))):
-        shapes |= {f"{projector}{name}.weight": shape, f"{projector}{name}.bias": shape[:1]}
-    return shapes | {projector + "layer_norm.weight": (wide,), projector + "layer_norm.bias": (wide,)}
-
-
-def decoder_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the language model's tensors."""
-    size, inner = config.hidden_size, config.intermediate_size
-    queries, keys = config.heads * config.head_dim, config.key_value_heads * config.head_dim
-    prefix = "model.language_model."
-    shapes = {
-        prefix + "embed_tokens.weight": (config.vocab_size, size),
-        prefix + "norm.weight": (size,),
-        "lm_head.weight": (config.vocab_size, size),
-    }
-    for index in range(config.layers):
-        layer = f"{prefix}layers.{index}."
-        shapes |= {
-            layer + "self_attn.q_proj.weight": (queries, size),
-            layer + "self_attn.k_proj.weight": (keys, size),
-            layer + "self_attn.v_proj.weight": (keys, size),
-            layer + "self_attn.o_proj.weight": (size, queries),
-            layer + "mlp.gate_proj.weight": (inner, size),
-            layer + "mlp.up_proj.weight": (inner, size),
-            layer + "mlp.down_proj.weight": (size, inner),
-            layer + "input_layernorm.weight": (size,),
-            layer + "post_attention_layernorm.weight": (size,),
-        }
-    return shapes
 
 
 def save_checkpoint(student: Student, folder: Path, progress: dict) -> None:
@@ -210,7 +159,8 @@ def load_checkpoint(student: Student, folder: Path) -> dict:
                 index, field = name.removeprefix(prefix).split(".", 1)
                 state.setdefault(int(index), {})[field] = each
         optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
-    return json.loads(read_metadata(path)["progress"])
+    with safe_open(path, "pt") as file:
+        return json.loads(file.metadata()["progress"])
 
 
 def load_published(student: Student, folder: Path) -> None:
@@ -219,9 +169,3 @@ def load_published(student: Student, folder: Path) -> None:
     with torch.no_grad():
         for name, weight in student.weights.items():
             weight.copy_(model.tensor(name))
-
-
-def read_metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        return json.loads(file.read(length))["__metadata__"]

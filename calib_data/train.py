@@ -10,6 +10,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 from typing import Annotated
 
 import torch
@@ -28,6 +29,7 @@ from vlquant.calib_data.vocabulary import write_json, write_tokenizer
 from vlquant.config import read_config
 from vlquant.tokenizer import load_tokenizer
 
+
 @dataclass(frozen=True)
 class Phase:
     """A part of the training time."""
@@ -38,15 +40,20 @@ class Phase:
     kinds: tuple[str, ...]
 
 
+WEAK_AND_ALL = (*KINDS, "document", "receipt", "chart", "count", "yes_no", "choice", "locate", "video")
+"""What is slow to learn comes twice."""
 PHASES = (
-    Phase("see", 0.1, KINDS),
+    Phase("see", 0.1, WEAK_AND_ALL),
     # In the full mixture reading stays undiscovered for very long; alone it takes some hundred steps.
     Phase("read", 0.4, ("page", "page", "text_only", "page", "several", "text")),
-    Phase("answer", 1.0, KINDS),
+    Phase("answer", 1.0, WEAK_AND_ALL),
 )
+CONTINUED_PHASES = (Phase("see", 0.07, WEAK_AND_ALL), Phase("answer", 1.0, WEAK_AND_ALL))
+"""From a trained model: its cell head is new, everything else has been learned before."""
 DECAY_SHARE = 0.4
 """Part of the time, at the end, in which the learning rate falls to zero."""
 CELL_LOSS_WEIGHT = 0.15
+EMPTY_CELL_WEIGHT = 0.3
 ROWS = 16
 """Scenes of a process's batch."""
 POOL = 8
@@ -107,18 +114,19 @@ def work(rank: int, plan: Plan) -> None:
     saved, started = time.monotonic(), time.monotonic() - progress.seconds
     while progress.seconds < plan.minutes * 60:
         part = progress.seconds / (plan.minutes * 60)
-        phase = PHASES[-1] if plan.start else next(each for each in PHASES if part < each.until)
+        phase = next(each for each in (CONTINUED_PHASES if plan.start else PHASES) if part < each.until)
         student.set_rate(plan.rate * schedule(part))
         first = (progress.step * plan.processes + rank * POOL) * ROWS
         rows = [
             encode_sample(draw_sample("train", index, seed=plan.seed, kinds=phase.kinds), config, tokenizer)
             for index in range(first, first + POOL * ROWS)
         ]
-        for batch in sort_into_batches(rows, progress.step, tokenizer.pad_id):
-            losses = take_step(student, batch, phase.name)
+        batches = sort_into_batches(rows, progress.step, tokenizer.pad_id)
+        measured = [take_step(student, batch, phase.name) for batch in batches]
         progress = Progress(progress.step + POOL, shared_seconds(time.monotonic() - started))
         if rank == 0:
-            print(json.dumps({"step": progress.step, "minutes": round(progress.seconds / 60, 2), **losses}), flush=True)
+            minutes = round(progress.seconds / 60, 2)
+            print(json.dumps({"step": progress.step, "minutes": minutes, **means(measured)}), flush=True)
             if time.monotonic() - saved > SAVE_SECONDS:
                 save_checkpoint(student, plan.output / "training", progress.__dict__)
                 saved = time.monotonic()
@@ -156,21 +164,29 @@ def schedule(part: float) -> float:
 
 
 def take_step(student: Student, batch: Batch, phase: str) -> dict[str, float]:
-    """One optimizer step; returns the losses and, by kind, the share of answers right to the letter."""
+    """One optimizer step; returns the losses and, by kind, the share of questions answered right to the letter."""
     measured, loss = {}, torch.zeros(())
     with torch.autocast("cpu", dtype=torch.bfloat16), torch.set_grad_enabled(phase != "read"):
         features = student.features(batch.pixel_values) if len(batch.pixel_values) else None
     if phase != "read":
         loss = cell_label_loss(student, features, batch.cells)
-        measured["cells"] = round(loss.item(), 4)
+        measured["cells"] = loss.item()
     if phase != "see":
         with torch.autocast("cpu", dtype=torch.bfloat16):
             answers = answer_logits(student, batch, features)
-        answer_loss = F.cross_entropy(answers.float(), batch.targets[batch.targets != IGNORE])
+        wanted = batch.targets != IGNORE
+        losses = F.cross_entropy(answers.float(), batch.targets[wanted], reduction="none")
+        answer_loss = (losses * batch.weights[wanted]).sum() / batch.weights[wanted].sum()
         loss = answer_loss + CELL_LOSS_WEIGHT * loss
-        measured |= {"answers": round(answer_loss.item(), 4), "exact": exact_by_kind(batch, answers.argmax(-1))}
+        measured |= {"answers": answer_loss.item(), **exact_by_kind(batch, answers.argmax(-1))}
     student.step(loss, student.learners(phase))
     return measured
+
+
+def means(measured: list[dict[str, float]]) -> dict[str, float]:
+    """Mean of every figure over the steps that have it."""
+    names = sorted({name for each in measured for name in each})
+    return {name: round(fmean(each[name] for each in measured if name in each), 3) for name in names}
 
 
 def cell_label_loss(student: Student, features: Tensor | None, cells: Tensor) -> Tensor:
@@ -179,8 +195,8 @@ def cell_label_loss(student: Student, features: Tensor | None, cells: Tensor) ->
         return torch.zeros(())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = student.cell_logits(features).float().split(list(CELL_CLASSES.values()), dim=-1)
-    # Most cells are empty; they count a tenth, so that the drawn ones lead.
-    weight = 0.1 + 0.9 * (cells.amax(-1) > 0).float()
+    # Most cells are empty; they count less, so that the drawn ones lead.
+    weight = torch.where(cells.amax(-1) > 0, 1.0, EMPTY_CELL_WEIGHT)
     losses = [
         F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten(), reduction="none")
         for index, part in enumerate(parts)
@@ -211,7 +227,7 @@ def exact_by_kind(batch: Batch, guesses: Tensor) -> dict[str, float]:
         for number in range(1, len(row.sample.questions) + 1):
             mine = answered & (segments == number)
             right.setdefault(row.sample.kind, []).append(bool(hits[index, :length][mine].all()))
-    return {kind: round(sum(right[kind]) / len(right[kind]), 2) for kind in right}
+    return {kind: sum(right[kind]) / len(right[kind]) for kind in right}
 
 
 if __name__ == "__main__":

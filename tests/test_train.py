@@ -6,15 +6,16 @@ import pytest
 import torch
 import torch.distributed
 
-from vlquant.calib_data.batches import CELL_CLASSES, IGNORE, READABLE, collate, encode_sample, label_cells
+from vlquant.calib_data.batches import CELL_CLASSES, IGNORE, NAMES, READABLE, TALLER, collate, encode_sample, label_cells
 from vlquant.calib_data.demo_config import demo_config
+from vlquant.calib_data.drills import drills, readout
 from vlquant.calib_data.publish import publish
-from vlquant.calib_data.readouts import readout
 from vlquant.calib_data.samples import draw_sample, sample_request
 from vlquant.calib_data.student import create_student, load_checkpoint, load_published, save_checkpoint
 from vlquant.calib_data.train import answer_logits, copy_settings, schedule, take_step
 from vlquant.calib_data.vocabulary import write_json, write_tokenizer
 from vlquant.config import read_config
+from vlquant.metrics import read_box
 from vlquant.model import float_decoder, open_model
 from vlquant.prompt import find_template
 from vlquant.runtime.pipeline import load
@@ -75,7 +76,7 @@ def test_a_row_equals_separate_prompts(folder, tokenizer, student):
         features = student.features(batch.pixel_values) if len(batch.pixel_values) else None
         with torch.no_grad():
             packed = answer_logits(student, batch, features)
-        questions = [*sample.questions, *([readout(sample)] if sample.pictures else [])]
+        questions = [*sample.questions, *drills(sample)]
         requests = [sample_request(sample, question) for question in questions]
         separate = pipeline.answer_logits(requests, [question.answer for question in questions])
         assert torch.allclose(packed, torch.cat(separate), atol=2e-4)
@@ -97,15 +98,18 @@ def test_targets_are_the_answers(folder, tokenizer):
     targets = [target for target in row.targets if target != IGNORE]
     stop = tokenizer.token_id("<|im_end|>")
     answers = "".join(tokenizer.decode([target]) if target != stop else "\n" for target in targets)
-    expected = [*(question.answer for question in row.sample.questions), readout(row.sample).answer]
+    expected = [question.answer for question in (*row.sample.questions, *drills(row.sample))]
     assert answers == "".join(answer + "\n" for answer in expected)
 
 
 def test_readouts_list_what_the_questions_are_about():
     for index in range(110):
         sample = draw_sample("train", index)
+        if sample.kind == "text_only":
+            assert drills(sample) == ()
+            continue
         everything = readout(sample)
-        assert (everything is None) == (sample.kind == "text_only")
+        assert drills(sample)[-1] == everything
         for question in sample.questions:
             if sample.kind in ("document", "receipt", "text", "several"):
                 assert question.answer in everything.answer.split()
@@ -130,6 +134,44 @@ def test_labels_name_what_is_drawn(folder):
     assert cells.shape == (rows * 4, columns * 4, len(CELL_CLASSES))
     read = ["".join((" " + READABLE)[part] for cell in line for part in cell[1:3].tolist()) for line in cells]
     assert {word for line in read for word in line.split()} == {question.answer for question in sample.questions}
+
+
+def test_drills_are_right_and_not_asked_already():
+    """Counts, colours and presence, worked out again from what the readout lists."""
+    for index in (4, 5, 6, 15, 16, 17):
+        sample = draw_sample("train", index)
+        *short, everything = drills(sample)
+        names = everything.answer.split(", ")
+        assert short and not {each.text for each in short} & {each.text for each in sample.questions}
+        for drill in short:
+            first, *words = drill.text.splitlines()[0].removesuffix("?").split()
+            if first == "How":
+                stem = words[1][:4]  # Of a colour or of a shape in plural.
+                assert sum(stem in name for name in names) == int(drill.answer)
+            elif first == "Is":
+                assert (" ".join(words[2:]) in names) == (drill.answer == "yes")
+            elif first == "Which":
+                assert f"{drill.answer}. {words[-1]}" in drill.text.splitlines()
+            else:
+                options = dict(line.split(". ") for line in drill.text.splitlines()[1:])
+                assert f"{options.get(drill.answer, drill.answer)} {words[-1]}" in names
+
+
+def test_labels_of_bars_and_boxes(folder):
+    """A bar is named from its top to the tile's edge and below it as taller; a box in the tile that shows all."""
+    config = read_config(folder)
+    chart, boxes = draw_sample("train", 2), draw_sample("train", 7)
+    picture = chart.pictures[0]
+    labels = label_cells(picture, round(picture.size[0] / 112), 2, config)[..., NAMES.index("bar")]
+    for bar in picture.bars:
+        column = labels[:, int(bar.x / picture.size[0] * labels.shape[1])]
+        assert column[3 if bar.value > 9 else 7] == bar.value
+        assert column[7] == (TALLER if bar.value > 9 else bar.value)
+    whole = label_cells(boxes.pictures[0], 1, 1, config).flatten(0, 1)
+    start = NAMES.index("left side tens")
+    told = {tuple(10 * a + 5 * b - 15 for a, b in cell[start:].unflatten(0, (4, 2)).tolist()) for cell in whole if cell[start]}
+    asked = {tuple(side // 50 * 5 for side in read_box(question.answer)) for question in boxes.questions}
+    assert asked <= told
 
 
 @pytest.mark.parametrize("phase", ["see", "read", "answer"])

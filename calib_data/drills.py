@@ -1,0 +1,126 @@
+"""Training-only questions about a scene, from the record of what was drawn.
+
+A hundred answered tokens a picture instead of five: finding, naming, pairing and counting are
+learned from these, and the real questions then have something to ask with.
+"""
+
+import random
+import re
+from collections import Counter
+from itertools import groupby
+
+from vlquant.calib_data.drawing import ADVANCE, CELL, COLORS, LINE, SHAPES, Figure, Glyph, Picture
+from vlquant.calib_data.samples import Sample
+from vlquant.calib_data.scenes import (
+    Question,
+    ask_color,
+    ask_count_of_color,
+    ask_count_of_shape,
+    ask_presence,
+    ask_value,
+    choose_color,
+    find_frame,
+    name_color,
+)
+from vlquant.metrics import read_box
+
+MOST_DRILLS = 8
+"""Questions drilled about one scene, besides its readout."""
+
+
+def drills(sample: Sample) -> tuple[Question, ...]:
+    """Everything the scene shows, read out, and short questions it could have been asked."""
+    if not sample.pictures or sample.kind == "page":
+        return ()
+    chance = random.Random(f"drills/{sample.key}")
+    first = sample.pictures[0]
+    short: list[Question] = []
+    if first.bars:
+        short = [Question(ask_value(name), str(value), sample.kind) for name, value in name_bars(first)]
+    elif sample.video:
+        short = drill_frames([picture.figures[0] for picture in sample.pictures])
+    elif first.figures and sample.kind != "locate":
+        short = drill_figures(first.figures, chance)
+    fresh = [each for each in short if each.text not in {asked.text for asked in sample.questions}]
+    return (*chance.sample(fresh, min(MOST_DRILLS, len(fresh))), readout(sample))
+
+
+def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question]:
+    """How many, whether, and of what colour: with options, without, and the options alone."""
+    shapes, colors = Counter(each.shape for each in figures), Counter(each.color for each in figures)
+    counts = [(ask_count_of_shape(shape), number) for shape, number in shapes.items()]
+    counts += [(ask_count_of_color(color), number) for color, number in colors.items()]
+    questions = [Question(asked, str(number), "count") for asked, number in counts if number <= 9]
+    present = {(each.shape, each.color) for each in figures}
+    absent = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in present]
+    for pair in [*sorted(present)[:3], *chance.sample(absent, 3)]:
+        questions.append(Question(ask_presence(*pair), "yes" if pair in present else "no", "yes_no"))
+    alone = [each for each in figures if shapes[each.shape] == 1]
+    for each in alone:
+        questions.append(Question(ask_color(each.shape), each.color, "choice"))
+    for each in alone[:2]:
+        questions.append(choose_color(chance, ask_color(each.shape), each.color))
+        questions.append(choose_color(chance, f"Which letter is {each.color}?", each.color))
+    return questions
+
+
+def drill_frames(figures: list[Figure]) -> list[Question]:
+    """Both questions about every frame."""
+    numbered = list(enumerate(figures, start=1))
+    found = [find_frame(number, each.shape, each.color) for number, each in numbered]
+    return found + [name_color(number, each.color) for number, each in numbered]
+
+
+def readout(sample: Sample) -> Question:
+    """What the pictures of a scene show, in reading order."""
+    first = sample.pictures[0]
+    if sample.kind == "locate":
+        return Question("Where is everything?", list_boxes(sample), sample.kind)
+    if first.bars:
+        return Question("What are the values?", list_bars(first), sample.kind)
+    if first.glyphs:
+        return Question("What does the page say?", "\n".join(map(list_text, sample.pictures)), sample.kind)
+    return Question("What is there?", ", ".join(map(list_figures, sample.pictures)), sample.kind)
+
+
+def list_boxes(sample: Sample) -> str:
+    """Shapes that are asked for with their boxes, from left to right: "star [[10, 20, 110, 120]], circle ..."."""
+    ordered = sorted(sample.questions, key=lambda question: read_box(question.answer))
+    return ", ".join(f"{re.search('<ref>(.*)</ref>', each.text)[1]} {each.answer}" for each in ordered)
+
+
+def list_bars(picture: Picture) -> str:
+    """Letters and values from left to right: "H 16, Y 8"."""
+    return ", ".join(f"{name} {value}" for name, value in name_bars(picture))
+
+
+def name_bars(picture: Picture) -> list[tuple[str, int]]:
+    """Letter and value of each bar, from left to right."""
+    names = {round(glyph.x): glyph.symbol for glyph in picture.glyphs if glyph.symbol.isalpha()}
+    return [(names[round(bar.x)], bar.value) for bar in sorted(picture.bars, key=lambda bar: bar.x)]
+
+
+def list_text(picture: Picture) -> str:
+    """Lines from top to bottom, words from left to right."""
+    pitch = LINE * picture.scale
+    lines = groupby(sorted(picture.glyphs, key=lambda glyph: (glyph.y // pitch, glyph.x)), key=lambda glyph: glyph.y // pitch)
+    return "\n".join(list_line(list(glyphs), ADVANCE * picture.scale) for _, glyphs in lines)
+
+
+def list_line(glyphs: list[Glyph], advance: float) -> str:
+    """Symbols of one line, a space where more than one symbol's room is left."""
+    text = glyphs[0].symbol
+    for before, glyph in zip(glyphs, glyphs[1:], strict=False):
+        text += (" " if glyph.x - before.x > 1.5 * advance else "") + glyph.symbol
+    return text
+
+
+def list_figures(picture: Picture) -> str:
+    """Colours and shapes, row by row of half tiles: "red star, blue circle"."""
+    half = CELL / 2 * picture.scale
+
+    def place(figure) -> tuple[float, float]:
+        left, top, right, bottom = figure.box
+        return ((top + bottom) / 2 // half, left + right)
+
+    return ", ".join(figure.name for figure in sorted(picture.figures, key=place))
