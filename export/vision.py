@@ -25,8 +25,9 @@ from vlquant.export.verify import verify
 from vlquant.layout import projector_shapes, vision_shapes
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.publishing import publishing, require_space
-from vlquant.runtime.vision_session import ParityRecord, VisionManifest, import_onnxruntime, read_vision_manifest
+from vlquant.runtime.vision_session import import_onnxruntime
 from vlquant.shards import file_hash
+from vlquant.vision_manifest import ParityRecord, VisionManifest, read_vision_manifest
 
 FILES = (DATA_FILE, GRAPH_FILE)
 STAGE = "vision"

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlquant.bnb import nf4_block_maxima, nf4_state
-from vlquant.decoder import LINEARS, NORMS, Decoder, DecoderConfig, DecoderLayer, FloatLinear, Linear
+from vlquant.decoder import LINEARS, Decoder, DecoderLayer, FloatLinear, Linear, norm_names
 from vlquant.errors import UnsupportedCheckpoint
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.model import Model
@@ -195,11 +195,6 @@ def _load_layer(model: Model, index: int, workspace: Workspace) -> DecoderLayer:
     linears = {name: make_linear(_part(tensors, name), workspace=workspace) for name in LINEARS}
     norms = {name: tensors[f"{name}.weight"].float().to(workspace.device) for name in norm_names(model.config.decoder)}
     return DecoderLayer(model.config.decoder, linears, norms)
-
-
-def norm_names(config: DecoderConfig) -> tuple[str, ...]:
-    """The norms of one layer."""
-    return NORMS + (("self_attn.q_norm", "self_attn.k_norm") if config.query_key_norm else ())
 
 
 def _part(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.prompt import find_template
-from vlquant.request import EncodedRequest, Request, encode_request
+from vlquant.request import EncodedRequest, Request, encode_answer, encode_request
 from vlquant.runtime.answer import Answer, AnswerText, History, PieceStream, Usage
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
@@ -197,8 +197,12 @@ class Pipeline:
         answers: ids as in `Answer.ids`, or texts, to which the stop token is added.
         """
         batch = self._start(requests, features)
-        pairs = zip(batch.encoded, answers, strict=True)
-        forced = [self.answer_ids(each, answer) if isinstance(answer, str) else list(answer) for each, answer in pairs]
+        forced = [
+            encode_answer(answer, each.prompt, each.ids, config=self.config, tokenizer=self.tokenizer)
+            if isinstance(answer, str)
+            else list(answer)
+            for each, answer in zip(batch.encoded, answers, strict=True)
+        ]
         longest = max(map(len, forced))
         device, (rows, length) = batch.embeddings.device, batch.attention_mask.shape
         cache = KeyValueCache(self.decoder.config, batch=rows, capacity=length + longest, device=device)
@@ -215,15 +219,6 @@ class Pipeline:
                 logits.append(self.decoder(embeddings, attention_mask=seen, cache=cache, all_positions=True))
         together = torch.cat(logits, dim=1)
         return [row[: len(ids)] for row, ids in zip(together, forced, strict=True)]
-
-    def answer_ids(self, encoded: EncodedRequest, text: str) -> list[int]:
-        """Ids of an answer text as the model would write it after the prompt, with the stop token."""
-        whole = self.tokenizer.encode(encoded.prompt + text + self._stop_token)
-        if whole[: len(encoded.ids)] == list(encoded.ids):
-            return whole[len(encoded.ids) :]
-        # The text's beginning merged with the prompt's end, which a model that writes token by token cannot do.
-        alone = self.tokenizer.encode(self._stop_token + text + self._stop_token)
-        return alone[alone.index(self._stop_id) + 1 :]
 
     @torch.inference_mode()
     def _start(

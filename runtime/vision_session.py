@@ -3,53 +3,20 @@
 Knows the `vision/` folder and the vision half of a model; knows nothing of pictures, text or the decoder.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vlquant.bundle import MANIFEST, Record, missing_files
-from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, UnsupportedCheckpoint
+from vlquant.errors import MissingDependency
 from vlquant.model import Model
 from vlquant.vision import vision_features
+from vlquant.vision_manifest import damaged_export, read_vision_manifest
 
 # One tile of 448 pixels or several smaller ones at a time keep the memory constant at no cost in speed: InternViT-300M
 # on two CPU cores took 3.9 s a tile and 1.5 GB at 1, 4.4 s and 1.8 GB at 4, 4.2 s and 2.3 GB at 8.
 PIXELS_PER_RUN = 448 * 448
-FORMAT_VERSION = 1
-
-
-class ParityRecord(Record):
-    """How far the exported graph was from torch when it was accepted."""
-
-    largest_difference: float
-    feature_scale: float
-    """Largest absolute feature."""
-    tiles: int
-    tolerance: float
-    """Share of feature_scale that was accepted."""
-
-
-class VisionManifest(Record):
-    """vision/vlquant.json: what was exported, and how exactly. No times, no paths."""
-
-    format_version: int = FORMAT_VERSION
-    precision: str
-    opset: int
-    tile_size: int
-    tokens_per_tile: int
-    feature_size: int
-    """Length of one visual token: the language model's hidden size."""
-    parity: ParityRecord
-    source_sha256: str
-    """Of the vision tensors the graph was made from."""
-    libraries: dict[str, str]
-    files: dict[str, str]
-    """sha256 by name."""
-    sizes: dict[str, int]
-    """Bytes."""
 
 
 class OnnxVision:
@@ -109,32 +76,6 @@ def tiles_per_run(tile_size: int) -> int:
     return max(1, PIXELS_PER_RUN // tile_size**2)
 
 
-def read_vision_manifest(folder: Path) -> VisionManifest:
-    """The manifest of an exported vision tower, after checking that its files are there in full.
-
-    Raises InvalidRequest if there is no export, BrokenCheckpoint if it is damaged, UnsupportedCheckpoint if a newer
-    vlquant wrote it.
-    """
-    path = folder / MANIFEST
-    if not path.is_file():
-        raise InvalidRequest(
-            f"{folder} holds no exported vision tower; run `vlquant export-vision` first, or use the torch vision tower"
-        )
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-        version = fields["format_version"]
-        if isinstance(version, int) and version > FORMAT_VERSION:
-            raise UnsupportedCheckpoint(
-                f"{folder} has vision format {version}, and this vlquant reads up to {FORMAT_VERSION}; upgrade vlquant"
-            )
-        manifest = VisionManifest.model_validate(fields)
-    except (ValueError, KeyError, TypeError) as error:  # pydantic's and json's errors are ValueErrors.
-        raise _damaged(path, "is not the manifest of a vision export") from error
-    for name in missing_files(folder, manifest):
-        raise _damaged(folder / name, "is missing or has the wrong size")
-    return manifest
-
-
 def open_session(path: Path, device: torch.device, *, threads: int | None = None, repack: bool = True):
     """An ONNX Runtime session on exactly the device asked for.
 
@@ -152,7 +93,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
     except Exception as error:  # ONNX Runtime's exceptions have no common base of their own.
-        raise _damaged(path, f"cannot be loaded by ONNX Runtime ({_first_line(error)})") from error
+        raise damaged_export(path, f"cannot be loaded by ONNX Runtime ({_first_line(error)})") from error
     if session.get_providers()[0] != provider:
         raise MissingDependency(
             f"{device}: onnxruntime-gpu is installed but its {provider} did not start; check the driver, CUDA and"
@@ -186,10 +127,6 @@ def _provider(onnxruntime, device: torch.device) -> tuple[str, dict]:
     # TF32 would cost three digits. The arena otherwise doubles, which a small card does not have room for.
     options = {"device_id": device.index or 0, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"}
     return "CUDAExecutionProvider", options
-
-
-def _damaged(file: Path, what: str) -> BrokenCheckpoint:
-    return BrokenCheckpoint(f"{file} {what}; remove {file.parent} and run `vlquant export-vision` again")
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.model import float_decoder
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.request import EncodedRequest, Request, encode_prompt, open_image
+from vlquant.request import EncodedRequest, Request, encode_answer, encode_prompt, open_image
 from vlquant.runtime import Answer, Generation, load
 from vlquant.runtime.pipeline import position_limit
 from vlquant.tiling import cut_tiles
@@ -121,7 +121,7 @@ def test_forced_answers_in_a_batch_equal_the_uncached_decoder(pipe):
     decoder = float_decoder(pipe.model)
     for request, text, logits in zip(requests, answers, batched, strict=True):
         encoded = pipe.encode(request)
-        ids = pipe.answer_ids(encoded, text)
+        ids = encode_answer(text, encoded.prompt, encoded.ids, config=pipe.config, tokenizer=pipe.tokenizer)
         assert ids[-1] == pipe.tokenizer.token_id("<|im_end|>") and logits.shape == (len(ids), pipe.config.decoder.vocab_size)
         embeddings = decoder.embed(torch.tensor([[*encoded.ids, *ids[:-1]]])).clone()
         (visual,) = pipe.features([encoded])

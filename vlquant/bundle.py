@@ -4,7 +4,6 @@
 """
 
 import json
-from collections.abc import Iterable
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError

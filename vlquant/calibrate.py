@@ -15,9 +15,8 @@ from vlquant.decoder import DecoderConfig, DecoderLayer, FloatLinear, Linear, ro
 from vlquant.events import Event, Report
 from vlquant.layout import EMBEDDING
 from vlquant.model import Model
-from vlquant.prompt import find_template
 from vlquant.recipe import Recipe
-from vlquant.request import encode_request
+from vlquant.request import encode_answer, encode_request
 from vlquant.tokenizer import Tokenizer
 from vlquant.vision import vision_features
 
@@ -97,12 +96,8 @@ def encode_sample(
     """One question of a sample with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side]."""
     question = sample.questions[index % len(sample.questions)]
     encoded = encode_request(sets.sample_request(sample, question), config, tokenizer)
-    stop_token = find_template(config.chat.template).stop_token
-    ids = tokenizer.encode(encoded.prompt + question.answer + stop_token)
-    if ids[: len(encoded.ids)] != encoded.ids:  # the answer changes how the end of the prompt is cut into tokens
-        alone = tokenizer.encode(question.answer + stop_token)[len(tokenizer.encode("")) :]
-        ids = encoded.ids + alone
-    ids = torch.tensor(ids)
+    answer = encode_answer(question.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
+    ids = torch.tensor(encoded.ids + answer)
     classes = torch.where(torch.arange(len(ids)) < len(encoded.ids), PROMPT, ANSWER)
     classes[ids == tokenizer.token_id(config.chat.image_token)] = PICTURE
     return ids, classes, encoded.pixel_values()

@@ -23,7 +23,7 @@ from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Interval, decide, paired_i
 MARGINS = {4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""
 SCENES = 800
-"""Scenes of the default set, about 2,900 questions."""
+"""Scenes of the default set, about 2,800 questions."""
 EXIT_CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 4}
 HASHED_BYTES = 1 << 28
 """Files of a reference up to this size are compared by hash, larger ones only by name."""

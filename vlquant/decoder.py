@@ -272,5 +272,9 @@ class Decoder:
 def float_layer(tensors: Mapping[str, Tensor], config: DecoderConfig) -> DecoderLayer:
     """A layer from float tensors under their relative names ("self_attn.q_proj.weight", ...)."""
     linears = {name: FloatLinear(tensors[f"{name}.weight"], tensors.get(f"{name}.bias")) for name in LINEARS}
-    names = NORMS + (("self_attn.q_norm", "self_attn.k_norm") if config.query_key_norm else ())
-    return DecoderLayer(config, linears, {name: tensors[f"{name}.weight"] for name in names})
+    return DecoderLayer(config, linears, {name: tensors[f"{name}.weight"] for name in norm_names(config)})
+
+
+def norm_names(config: DecoderConfig) -> tuple[str, ...]:
+    """The norms of one layer."""
+    return NORMS + (("self_attn.q_norm", "self_attn.k_norm") if config.query_key_norm else ())

@@ -1,6 +1,5 @@
 """`vlquant demo`: the whole job on the demo model, in minutes: quantize, export, compare, chat."""
 
-import json
 import tempfile
 import time
 from collections.abc import Sequence
@@ -21,6 +20,7 @@ from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Pipeline, load
+from vlquant.vision_manifest import read_vision_manifest
 
 RECIPES = {
     "GPTQ-4": Recipe(bits=4),
@@ -133,8 +133,7 @@ def megabytes(size: int) -> str:
 
 def onnx_difference(bundle: Path) -> float:
     """Largest difference between ONNX and torch features, as export-vision measured it."""
-    manifest = json.loads((bundle / "vision" / "vlquant.json").read_text(encoding="utf-8"))
-    return manifest["parity"]["largest_difference"]
+    return read_vision_manifest(bundle / "vision").parity.largest_difference
 
 
 def decoding_speed(pipeline: Pipeline, requests: Sequence[str] = ("Repeat A1B2C3D4", "Repeat ZYXW9876")) -> float:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
 from vlquant.errors import BrokenCheckpoint
-from vlquant.shards import file_hash
+from vlquant.vision_manifest import VisionManifest, read_vision_manifest
 
 WORST_MODULES = 5
 
@@ -27,7 +27,8 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
     console = console or Console()
     console.print(summary_table(folder, manifest))
     console.print(modules_table(manifest))
-    vision = read_vision(folder)
+    exported = folder / "vision"
+    vision = read_vision_manifest(exported) if (exported / MANIFEST).is_file() else None
     if vision:
         console.print(vision_table(vision))
     else:
@@ -78,21 +79,10 @@ def percent(error: float | None) -> str:
     return "unknown" if error is None else f"{100 * error:.2f} %"
 
 
-def read_vision(folder: Path) -> dict | None:
-    """The manifest of the exported vision tower, None if there is none; raises BrokenCheckpoint if it is no JSON."""
-    path = folder / "vision" / MANIFEST
-    if not path.is_file():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BrokenCheckpoint(f"{path} cannot be read ({error}); run vlquant export-vision again.") from error
-
-
-def vision_table(vision: dict) -> Table:
+def vision_table(vision: VisionManifest) -> Table:
     """The facts about the exported vision tower that are single values."""
     table = _facts("vision tower")
-    for name, value in {**vision, **(vision.get("parity") or {})}.items():
+    for name, value in {**vision.model_dump(), **vision.parity.model_dump()}.items():
         if isinstance(value, str | int | float):
             table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
     return table
@@ -110,16 +100,11 @@ def check_line(path: Path) -> str:
         raise BrokenCheckpoint(f"{path} is no result of a check; remove it and run vlquant check again.") from error
 
 
-def require_intact(folder: Path, manifest: Manifest, vision: dict | None, *, verify: bool) -> None:
+def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | None, *, verify: bool) -> None:
     """Raise BrokenCheckpoint naming files that are missing or, with `verify`, whose contents have changed."""
     damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
     if verify and vision:
-        exported = {f"vision/{name}": expected for name, expected in (vision.get("files") or {}).items()}
-        damaged += [
-            name
-            for name, expected in exported.items()
-            if not (folder / name).is_file() or file_hash(folder / name) != expected
-        ]
+        damaged += [f"vision/{name}" for name in changed_files(folder / "vision", vision)]
     if damaged:
         raise BrokenCheckpoint(
             f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "

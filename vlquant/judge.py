@@ -11,7 +11,7 @@ from vlquant.errors import InvalidRequest
 from vlquant.metrics import score
 from vlquant.request import EncodedRequest
 from vlquant.runtime.generate import Generation
-from vlquant.runtime.pipeline import Features, Pipeline
+from vlquant.runtime.pipeline import Pipeline
 
 ROWS = 48
 """Questions answered side by side."""
@@ -73,18 +73,20 @@ def judge(
         wanted = reference.answer_logits(encoded, ids, features=visual)
         for name, candidate in candidates.items():
             require_same_prompts(candidate, asked)
-            own, texts, logits = answer_alike(candidate, encoded, ids)
+            texts, logits = answer_alike(candidate, encoded, ids)
             for each, answer, text, first, second in zip(asked, answers, texts, wanted, logits, strict=True):
                 judged[name].append(compare_answers(each, answer.text, text, first, second))
         step(len(asked))
     return judged
 
 
-def answer_alike(candidate: Pipeline, encoded: Sequence[EncodedRequest], forced: Sequence[Sequence[int]]):
-    """A candidate's visual tokens, its own greedy answers, and its logits along the forced ones."""
-    visual: list[Features] = candidate.features(encoded)
+def answer_alike(
+    candidate: Pipeline, encoded: Sequence[EncodedRequest], forced: Sequence[Sequence[int]]
+) -> tuple[list[str], list[Tensor]]:
+    """A candidate's own greedy answers, and its logits along the forced ones."""
+    visual = candidate.features(encoded)
     texts = [answer.text for answer in candidate.batch(encoded, GENERATION, features=visual)]
-    return visual, texts, candidate.answer_logits(encoded, forced, features=visual)
+    return texts, candidate.answer_logits(encoded, forced, features=visual)
 
 
 def question_groups(pipeline: Pipeline, samples: Iterable[Sample]) -> Iterator[list[Asked]]:

@@ -125,6 +125,19 @@ def encode_prompt(
     return prompt, ids
 
 
+def encode_answer(
+    answer: str, prompt: str, prompt_ids: Sequence[int], *, config: ModelConfig, tokenizer: Tokenizer
+) -> list[int]:
+    """Ids of an answer as the model would write it after the prompt, with the stop token."""
+    stop_token = find_template(config.chat.template).stop_token
+    whole = tokenizer.encode(prompt + answer + stop_token)
+    if whole[: len(prompt_ids)] == list(prompt_ids):
+        return whole[len(prompt_ids) :]
+    # The answer's beginning merged with the prompt's end, which a model that writes token by token cannot do.
+    alone = tokenizer.encode(stop_token + answer + stop_token)
+    return alone[alone.index(tokenizer.token_id(stop_token)) + 1 :]
+
+
 def open_image(picture: Picture) -> Image.Image:
     """A picture as RGB: from a file, bytes, a data URL or a PIL image.
 
