@@ -82,9 +82,9 @@ class Conversation:
     def show(self, file: str) -> None:
         """Add a picture to the next question. Raises InvalidRequest if that is impossible."""
         if not Path(file).expanduser().is_file():
-            raise InvalidRequest(f"{file or 'FILE'}: there is no such picture; check the path.")
+            raise InvalidRequest(f"{file or 'FILE'}: there is no such picture; check the path")
         if self.opening.video is not None:
-            raise InvalidRequest("this conversation is about a video; start another one for pictures.")
+            raise InvalidRequest("this conversation is about a video; start another one for pictures")
         self.images, self.fresh = (*self.images, str(Path(file).expanduser())), self.fresh + 1
 
     def ask(self, text: str) -> Request:
@@ -127,7 +127,7 @@ def _take(line: str, pipeline: Pipeline, conversation: Conversation, generation:
     elif command == "/reset":
         conversation.reset()
     elif command.startswith("/") and "/" not in command[1:]:
-        raise InvalidRequest(f"{command} is unknown; {HELP}.")
+        raise InvalidRequest(f"{command} is unknown; {HELP}")
     elif line:
         conversation.heard(_print_answer(pipeline, conversation.ask(line), generation))
 

@@ -43,7 +43,7 @@ class Generation:
             ("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty texts"),
         ):
             if not valid:
-                raise InvalidRequest(f"{field} is {getattr(self, field)!r}, but has to be {range_}.")
+                raise InvalidRequest(f"{field} is {getattr(self, field)!r}, but has to be {range_}")
 
 
 @dataclass(frozen=True)

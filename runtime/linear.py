@@ -97,7 +97,7 @@ class PackedGptqLinear(PackedLinear):
         zero = symmetric_zero(self.bits)
         if not torch.equal(tensors["g_idx"].long(), groups) or bool((zeros != zero).any()):
             raise UnsupportedCheckpoint(
-                "GPTQ weights with activation order or asymmetric zeros are not supported here; quantize again with vlquant."
+                "GPTQ weights with activation order or asymmetric zeros are not supported here; quantize again with vlquant"
             )
         signed = (codes.to(torch.int16) - zero).to(torch.int8)  # [out, in]
         if self.bits == 4:

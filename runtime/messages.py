@@ -28,7 +28,7 @@ def as_request(prompt: object) -> Request:
     if isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[0], str):
         question, images = prompt
         return Request(question=question, images=tuple(images) if isinstance(images, (list, tuple)) else (images,))
-    raise InvalidRequest(f"{FORMS}; this one is a {type(prompt).__name__}.")
+    raise InvalidRequest(f"{FORMS}; this one is a {type(prompt).__name__}")
 
 
 def with_placeholders(text: str, pictures: int) -> str:
@@ -51,10 +51,10 @@ def _from_messages(messages: Sequence[Mapping]) -> Request:
             turns[-1] += (text,)
         else:
             raise InvalidRequest(
-                f"message {index + 1} has role {role!r} out of turn; give system (optional), then user and assistant in turn."
+                f"message {index + 1} has role {role!r} out of turn; give system (optional), then user and assistant in turn"
             )
     if not turns or len(turns[-1]) == 2:
-        raise InvalidRequest("the last message has to be the user's; add one.")
+        raise InvalidRequest("the last message has to be the user's; add one")
     return Request(
         question=turns[-1][0], images=tuple(images), history=tuple(turns[:-1]) or None, system_message=system
     )
@@ -73,5 +73,5 @@ def _content(content: object) -> tuple[str, list]:
             picture = part[kind]
             pictures.append(picture["url"] if isinstance(picture, Mapping) else picture)
         else:
-            raise InvalidRequest(f'a message part of type {kind!r} is not understood; use "text", "image_url" or "image".')
+            raise InvalidRequest(f'a message part of type {kind!r} is not understood; use "text", "image_url" or "image"')
     return "\n".join(texts), pictures

@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from vlquant.runtime.generate import Decoding, Ending, Generation
 from vlquant.runtime.linear import load_decoder
 from vlquant.runtime.messages import as_request, is_conversation
 from vlquant.runtime.video import read_frames
-from vlquant.runtime.vision_session import OnnxVision, TorchVision
+from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision
 from vlquant.tokenizer import Tokenizer, load_tokenizer
 
 VISIONS = ("onnx", "torch")
@@ -40,22 +40,24 @@ def load(
     """
     place = require_device(device)
     if vision not in VISIONS:
-        raise InvalidRequest(f"vision {vision!r} is unknown; use {' or '.join(VISIONS)}.")
+        raise InvalidRequest(f"vision {vision!r} is unknown; use {' or '.join(VISIONS)}")
     folder = find_bundle() if path is None else resolve_model(path)
     if folder is None:
-        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize.")
+        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
     if (folder / MANIFEST).is_file():
         find_bundle(folder)  # Whether it is whole.
-    exported = folder / "vision"
-    if vision == "onnx" and not (exported / "model.onnx").is_file():
-        raise InvalidRequest(
-            f"{folder} has no vision tower in ONNX; run `vlquant export-vision {folder}`, or take the torch tower (--vision torch, vision='torch')."
-        )
     model = open_model(folder)
-    session = OnnxVision(exported, device) if vision == "onnx" else TorchVision(model, device)
-    return Pipeline(
-        model, load_tokenizer(folder), decoder=load_decoder(model, place), features=TileFeatures(session), max_tiles=max_tiles
-    )
+    features = TileFeatures(open_vision(model, vision, device))
+    decoder, tokenizer = load_decoder(model, place), load_tokenizer(folder)
+    return Pipeline(model, tokenizer, decoder=decoder, features=features, max_tiles=max_tiles)
+
+
+def open_vision(model: Model, vision: str, device: str) -> Callable[[Tensor], Tensor]:
+    """The vision tower of a model, "onnx" or "torch"."""
+    if vision == "torch":
+        return TorchVision(model, device)
+    exported = model.folder / "vision"
+    return OnnxVision(exported, device) if (exported / "model.onnx").is_file() else MissingVision(model.folder)
 
 
 def require_device(name: str) -> torch.device:
@@ -63,13 +65,13 @@ def require_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise InvalidRequest(f"device {name!r} is unknown; use cpu, cuda or cuda:1.") from error
+        raise InvalidRequest(f"device {name!r} is unknown; use cpu, cuda or cuda:1") from error
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest(
-            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; check the driver, or use cpu."
+            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; check the driver, or use cpu"
         )
     if device.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device {name!r} is not supported; use cpu, cuda or cuda:1.")
+        raise InvalidRequest(f"device {name!r} is not supported; use cpu, cuda or cuda:1")
     return device
 
 
@@ -174,7 +176,7 @@ class Pipeline:
             ways_out = "lower --max-tiles, or give fewer pictures, frames or turns"
             raise InvalidRequest(
                 f"the conversation has {len(encoded.ids)} tokens{pictures if encoded.tiles else ''}, and this model takes at "
-                f"most {self.position_limit}; {ways_out if encoded.tiles else 'shorten the text, or give fewer turns'}."
+                f"most {self.position_limit}; {ways_out if encoded.tiles else 'shorten the text, or give fewer turns'}"
             )
         return encoded
 
@@ -241,7 +243,7 @@ class Pipeline:
             if len(places) != given:
                 raise InvalidRequest(
                     f"the conversation has {len(places)} places for visual tokens and its pictures give {given}; "
-                    "write <image> once for each picture, and leave <IMG_CONTEXT> to vlquant."
+                    "write <image> once for each picture, and leave <IMG_CONTEXT> to vlquant"
                 )
             if given:
                 embeddings[row, places] = visual.to(device)

@@ -19,25 +19,25 @@ def read_frames(
         import decord
     except ImportError as error:
         raise MissingDependency(
-            "videos need the decord library, which is not installed; pip install decord, or pass frames as pictures."
+            "videos need the decord library, which is not installed; pip install decord, or pass frames as pictures"
         ) from error
     if count < 1:
-        raise InvalidRequest(f"{count} frames cannot be taken from {path}; ask for 1 or more.")
+        raise InvalidRequest(f"{count} frames cannot be taken from {path}; ask for 1 or more")
     if not Path(path).is_file():
-        raise InvalidRequest(f"{path}: there is no such video file; check the path.")
+        raise InvalidRequest(f"{path}: there is no such video file; check the path")
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)
         last, fps = len(reader) - 1, float(reader.get_avg_fps())
     except (decord.DECORDError, RuntimeError) as error:
-        raise InvalidRequest(f"{path}: not a video that can be read; convert it to MP4 (H.264).") from error
+        raise InvalidRequest(f"{path}: not a video that can be read; convert it to MP4 (H.264)") from error
     if last < 0:
-        raise InvalidRequest(f"{path}: the video holds no frames; check the file.")
+        raise InvalidRequest(f"{path}: the video holds no frames; check the file")
     if bound and not 0 <= bound[0] < bound[1]:
-        raise InvalidRequest(f"{path}: seconds {bound[0]} to {bound[1]} are no stretch of a video; give start < end.")
+        raise InvalidRequest(f"{path}: seconds {bound[0]} to {bound[1]} are no stretch of a video; give start < end")
     indices = frame_indices(bound, fps, last, count)
     if max(indices) > last:
-        raise InvalidRequest(f"{path}: the video ends at {(last + 1) / fps:.1f} s, before the stretch asked for.")
+        raise InvalidRequest(f"{path}: the video ends at {(last + 1) / fps:.1f} s, before the stretch asked for")
     try:
         return [Image.fromarray(reader[index].asnumpy()).convert("RGB") for index in indices]
     except (decord.DECORDError, RuntimeError) as error:
-        raise InvalidRequest(f"{path}: its frames cannot be decoded; convert it to MP4 (H.264).") from error
+        raise InvalidRequest(f"{path}: its frames cannot be decoded; convert it to MP4 (H.264)") from error

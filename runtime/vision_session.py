@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlquant.errors import MissingDependency
+from vlquant.errors import InvalidRequest, MissingDependency
 from vlquant.model import Model
 from vlquant.vision import vision_features
 from vlquant.vision_manifest import damaged_export, read_vision_manifest
@@ -51,6 +51,19 @@ class OnnxVision:
         binding.bind_input("pixel_values", *place, tuple(pixels.shape), pixels.data_ptr())
         binding.bind_output("features", *place, tuple(features.shape), features.data_ptr())
         self._session.run_with_iobinding(binding)
+
+
+class MissingVision:
+    """Stands for the tower of a bundle that has none exported yet: text needs none, pictures raise InvalidRequest."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __call__(self, pixel_values: Tensor) -> Tensor:
+        raise InvalidRequest(
+            f"{self._folder} has no vision tower in ONNX; run `vlquant export-vision {self._folder}`, or take the torch "
+            "tower (--vision torch, vision='torch')"
+        )
 
 
 class TorchVision:

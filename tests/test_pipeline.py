@@ -298,9 +298,11 @@ def test_frames_make_a_video(pipe, recorded):
     assert answer.text == turn["response"] and answer.tiles == (1, 1, 1, 1)
 
 
-def test_a_missing_vision_folder_names_the_command():
+def test_only_pictures_need_the_exported_vision_tower():
+    pipe = load(GOLDEN / SMALL)
+    assert pipe.ask("Hello!", generation=GREEDY).ids
     with pytest.raises(InvalidRequest, match="vlquant export-vision .*vit6b"):
-        load(GOLDEN / SMALL)
+        pipe.ask("What is it?", [picture("rgba_300x200.png")])
 
 
 @pytest.mark.parametrize("options", [{"vision": "tensorrt"}, {"device": "tpu9"}, {"device": "cuda:99"}, {"device": "meta"}], ids=str)

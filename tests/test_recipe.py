@@ -17,6 +17,7 @@ from vlquant.recipe import Recipe
         ({"bits": 3}, "--bits 4"),
         ({"group_size": 48}, "--group-size 32"),
         ({"method": "bnb", "group_size": 64}, "leave --group-size out"),
+        ({"method": "bnb", "samples": 8}, "leave --samples out"),
         ({"damping": 0.0}, "damping"),
         ({"calibration": "nowhere"}, "--calib"),
         ({"samples": 0}, "--samples"),

@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from vlquant import errors
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("vlquant", "export", "runtime", "calib_data")
 MODULES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
@@ -87,6 +89,19 @@ def test_nesting_is_shallow(path):
 def test_modules_say_what_they_are(path):
     assert path.name == "__main__.py" or ast.get_docstring(ast.parse(path.read_text())), "module docstring: its boundary"
     assert path.stem not in VAGUE_NAMES, "name it after what it does"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_error_messages_end_without_a_full_stop(path):
+    """As Python's own do; one rule for all of them."""
+    source = path.read_text()
+    messages = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call) and node.args and is_our_error(node)]
+    ends = [ast.get_source_segment(source, node.args[-1]) for node in messages]
+    assert [end for end in ends if end[-2:-1] == "." and end[-4:-1] != "..."] == []
+
+
+def is_our_error(call: ast.Call) -> bool:
+    return isinstance(call.func, ast.Name) and hasattr(errors, call.func.id)
 
 
 @pytest.mark.parametrize("path", MODULES, ids=name_of)

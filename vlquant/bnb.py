@@ -82,6 +82,6 @@ def _library():
         import bitsandbytes.functional as functional
     except ImportError as error:
         raise MissingDependency(
-            "--method bnb needs the bitsandbytes library, which is not installed; pip install bitsandbytes."
+            "--method bnb needs the bitsandbytes library, which is not installed; pip install bitsandbytes"
         ) from error
     return functional

@@ -79,17 +79,17 @@ def read_manifest(folder: Path) -> Manifest:
     """The manifest of a bundle; raises BrokenCheckpoint if there is none that this version understands."""
     path = Path(folder) / MANIFEST
     if not path.parent.is_dir():
-        raise BrokenCheckpoint(f"there is no folder {folder}; name a bundle, or make one with vlquant quantize.")
+        raise BrokenCheckpoint(f"there is no folder {folder}; name a bundle, or make one with vlquant quantize")
     try:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise BrokenCheckpoint(f"{folder} is not a bundle, for it holds no {MANIFEST}; make one with vlquant quantize.") from None
+        raise BrokenCheckpoint(f"{folder} is not a bundle, for it holds no {MANIFEST}; make one with vlquant quantize") from None
     except (OSError, ValueError) as error:
-        raise BrokenCheckpoint(f"{path} cannot be read ({error}); quantize the model again.") from error
+        raise BrokenCheckpoint(f"{path} cannot be read ({error}); quantize the model again") from error
     version = fields.get("format_version") if isinstance(fields, dict) else None
     if isinstance(version, int) and version > FORMAT_VERSION:
         raise BrokenCheckpoint(
-            f"{folder} has bundle format {version}, and this vlquant reads up to {FORMAT_VERSION}; upgrade vlquant."
+            f"{folder} has bundle format {version}, and this vlquant reads up to {FORMAT_VERSION}; upgrade vlquant"
         )
     try:
         manifest = Manifest.model_validate(fields)
@@ -97,7 +97,7 @@ def read_manifest(folder: Path) -> Manifest:
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
-        raise BrokenCheckpoint(f"{path} is damaged at {where} ({first['msg']}); quantize the model again.") from error
+        raise BrokenCheckpoint(f"{path} is damaged at {where} ({first['msg']}); quantize the model again") from error
     return manifest
 
 
@@ -127,7 +127,7 @@ def find_bundle(path: str | Path | None = None) -> Path | None:
         damaged = missing_files(here, read_manifest(here))
         if damaged:
             raise BrokenCheckpoint(
-                f"{here} is incomplete: {damaged[0]} is missing or has the wrong size; quantize the model again."
+                f"{here} is incomplete: {damaged[0]} is missing or has the wrong size; quantize the model again"
             )
         return here
     candidates = [found for found in here.glob(f"*/{MANIFEST}") if not found.parent.name.startswith(".")]

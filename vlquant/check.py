@@ -93,12 +93,12 @@ def check(
     Raises VlquantError if either cannot be loaded or the reference is not the bundle's source.
     """
     if max_drop is not None and not 0 <= max_drop <= 100:
-        raise InvalidRequest(f"a drop of {max_drop} points is no margin; give --max-drop 0 to 100.")
+        raise InvalidRequest(f"a drop of {max_drop} points is no margin; give --max-drop 0 to 100")
     if scenes < 1:
-        raise InvalidRequest(f"{scenes} scenes are too few to check anything; give --scenes 1 or more.")
+        raise InvalidRequest(f"{scenes} scenes are too few to check anything; give --scenes 1 or more")
     folder = find_bundle(bundle)
     if folder is None:
-        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize.")
+        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
     manifest = read_manifest(folder)
     source = find_reference(manifest, reference, beside=folder)
     report(Event("check", message=f"reference {source}"))
@@ -136,7 +136,7 @@ def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path
         if not path.is_file() or (path.stat().st_size <= HASHED_BYTES and file_hash(path) != expected):
             raise InvalidRequest(
                 f"{folder} is not the checkpoint {manifest.name} was made from, for its {name} differs; "
-                "name the right one with --reference, or quantize again."
+                "name the right one with --reference, or quantize again"
             )
     return folder
 
@@ -150,7 +150,7 @@ def find_source(name: str, beside: Path) -> Path:
     try:
         return sibling if sibling.is_dir() else resolve_model(name, network=False)
     except VlquantError:
-        raise InvalidRequest(f"{name}, which the bundle was made from, is not here; name its folder with --reference.") from None
+        raise InvalidRequest(f"{name}, which the bundle was made from, is not here; name its folder with --reference") from None
 
 
 def store_result(folder: Path, result: CheckResult, report: Report) -> None:

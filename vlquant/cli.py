@@ -208,6 +208,8 @@ def chat_command(
     vision: VisionOption = None,
 ) -> None:
     """Ask about pictures, a video or nothing; without PROMPT, converse."""
+    if frames is not None and video is None:
+        raise typer.BadParameter("there is no video to take frames from; add --video FILE", param_hint="--frames")
     model = bundle_or_demo(model)
     from vlquant.request import Request
     from vlquant.runtime.chat import chat

@@ -62,7 +62,7 @@ def make_place(folder: str | Path | None) -> Path:
         return Path(tempfile.mkdtemp(prefix="vlquant-demo-"))
     place = Path(folder)
     if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise OutputRefused(f"{place} exists and is not an empty folder; name another one, or none for a temporary one.")
+        raise OutputRefused(f"{place} exists and is not an empty folder; name another one, or none for a temporary one")
     place.mkdir(parents=True, exist_ok=True)
     return place
 

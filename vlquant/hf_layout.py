@@ -35,7 +35,7 @@ def require_expressible(config: ModelConfig, where: Path) -> None:
     elif vision.select_layer not in (-1, vision.layers):
         reason = f"it takes features from vision layer {vision.select_layer}, and the -hf layout only from the last"
     if reason:
-        raise UnsupportedCheckpoint(f"{where} cannot be written as a bundle yet: {reason}; take a model from InternVL 2 on.")
+        raise UnsupportedCheckpoint(f"{where} cannot be written as a bundle yet: {reason}; take a model from InternVL 2 on")
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> dict:

@@ -22,7 +22,7 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
     """
     folder = Path(bundle) if bundle is not None else find_bundle()
     if folder is None:
-        raise BrokenCheckpoint("there is no bundle here; name one, or make one with vlquant quantize.")
+        raise BrokenCheckpoint("there is no bundle here; name one, or make one with vlquant quantize")
     manifest = read_manifest(folder)
     console = console or Console()
     console.print(summary_table(folder, manifest))
@@ -97,7 +97,7 @@ def check_line(path: Path) -> str:
         difference = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points at a margin of {found['margin']:g}"
         return f"checked: {found['verdict']}, {difference}; {asked}; vision {found['vision']} ({path.name})"
     except (ValueError, KeyError, TypeError) as error:
-        raise BrokenCheckpoint(f"{path} is no result of a check; remove it and run vlquant check again.") from error
+        raise BrokenCheckpoint(f"{path} is no result of a check; remove it and run vlquant check again") from error
 
 
 def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | None, *, verify: bool) -> None:
@@ -108,7 +108,7 @@ def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | No
     if damaged:
         raise BrokenCheckpoint(
             f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
-            f"or gone; {repair(damaged)}."
+            f"or gone; {repair(damaged)}"
         )
 
 

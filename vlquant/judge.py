@@ -108,7 +108,7 @@ def require_same_prompts(candidate: Pipeline, asked: Sequence[Asked]) -> None:
     for each in asked:
         if candidate.tokenizer.encode(each.encoded.prompt) != list(each.encoded.ids):
             raise InvalidRequest(
-                f"the bundle's tokenizer gives other token ids than the reference's for {each.text!r}; quantize the model again."
+                f"the bundle's tokenizer gives other token ids than the reference's for {each.text!r}; quantize the model again"
             )
 
 

@@ -29,17 +29,17 @@ def require_replaceable(output: Path, *, overwrite: bool) -> None:
     if not output.exists() and not output.is_symlink():
         return
     if not output.is_dir():
-        raise OutputRefused(f"{output} exists and is not a folder; choose another one with -o.")
+        raise OutputRefused(f"{output} exists and is not a folder; choose another one with -o")
     if not any(output.iterdir()):
         return
     if not (output / MANIFEST).is_file():
         raise OutputRefused(
-            f"{output} exists and is not a bundle; choose another folder with -o (--overwrite replaces bundles only)."
+            f"{output} exists and is not a bundle; choose another folder with -o (--overwrite replaces bundles only)"
         )
     if not overwrite:
         raise OutputRefused(
             f"{output} holds a bundle with another recipe or source, or an incomplete one; "
-            "add --overwrite to replace it, or choose another folder with -o."
+            "add --overwrite to replace it, or choose another folder with -o"
         )
 
 
@@ -50,7 +50,7 @@ def require_space(output: Path, needed_bytes: int) -> None:
     if free < needed_bytes:
         raise OutputRefused(
             f"{output} needs {needed_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
-            "make room or choose another disk with -o."
+            "make room or choose another disk with -o"
         )
 
 
@@ -73,7 +73,7 @@ def publishing(output: Path) -> Iterator[Path]:
         if error.errno not in NO_SPACE:
             raise
         raise OutputRefused(
-            f"{output} could not be written because there is no space left; make room or choose another disk with -o."
+            f"{output} could not be written because there is no space left; make room or choose another disk with -o"
         ) from error
     finally:
         shutil.rmtree(hidden, ignore_errors=True)
@@ -86,7 +86,7 @@ def _require_renamable(output: Path, place: Path) -> None:
     if place.is_dir() and (Path.cwd().is_relative_to(place) or place.is_mount()):
         raise OutputRefused(
             f"{output} is the current folder, holds it, or is the root of a disk, and cannot be replaced as a whole; "
-            "name a new folder in it with -o."
+            "name a new folder in it with -o"
         )
 
 
@@ -100,7 +100,7 @@ def _hidden_folder(output: Path) -> Path:
         return hidden
     except OSError as error:
         raise OutputRefused(
-            f"{output} cannot be written ({error.strerror}); choose another folder with -o."
+            f"{output} cannot be written ({error.strerror}); choose another folder with -o"
         ) from error
 
 
@@ -138,7 +138,7 @@ def _replace(hidden: Path, output: Path) -> None:
             output.rename(older / output.name)
         except OSError as error:
             older.rmdir()
-            raise OutputRefused(f"{output} cannot be replaced ({error.strerror}); choose another folder with -o.") from error
+            raise OutputRefused(f"{output} cannot be replaced ({error.strerror}); choose another folder with -o") from error
     hidden.rename(output)
     _flush_entry(output.parent)
     if older is not None:
@@ -180,4 +180,4 @@ def write_whole(path: Path, text: str) -> None:
     except OSError as error:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights.") from error
+        raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights") from error

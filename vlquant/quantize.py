@@ -228,7 +228,7 @@ def add_bitsandbytes_layers(
 def open_float_model(folder: Path) -> Model:
     """Open a checkpoint that is still to be quantized; raises InvalidRecipe for a bundle."""
     if (folder / MANIFEST).is_file():
-        raise InvalidRecipe(f"{folder} is already quantized; give the checkpoint it was made from.")
+        raise InvalidRecipe(f"{folder} is already quantized; give the checkpoint it was made from")
     return open_model(folder)
 
 

@@ -7,6 +7,7 @@ from vlquant.errors import InvalidRecipe
 METHODS = ("gptq", "bnb")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
+GPTQ_ONLY = ("group_size", "damping", "calibration", "samples", "seed")
 CODES_MULTIPLE = 32
 """GPTQ packs codes into 32-bit words along both axes, so both must be multiples of this."""
 
@@ -35,21 +36,23 @@ class Recipe:
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
-            raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}.")
+            raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}")
         if self.bits not in BITS:
-            raise InvalidRecipe(f"{self.bits} bits per weight are not supported; use --bits 4 or --bits 8.")
+            raise InvalidRecipe(f"{self.bits} bits per weight are not supported; use --bits 4 or --bits 8")
         if self.group_size not in GROUP_SIZES:
             raise InvalidRecipe(
-                f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)."
+                f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)"
             )
-        if self.method == "bnb" and self.group_size != Recipe.group_size:
-            raise InvalidRecipe("bitsandbytes fixes its own block size; leave --group-size out or use --method gptq.")
+        without_use = [name for name in GPTQ_ONLY if self.method != "gptq" and getattr(self, name) != getattr(Recipe, name)]
+        if without_use:
+            option = without_use[0].replace("_", "-")
+            raise InvalidRecipe(f"bitsandbytes has no use for a {option}; leave --{option} out or use --method gptq")
         if not 0 < self.damping <= 0.5:
-            raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value.")
+            raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if self.calibration != "builtin":
-            raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin.")
+            raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin")
         if self.samples < 1:
-            raise InvalidRecipe(f"{self.samples} calibration samples are too few; use --samples 1 or more.")
+            raise InvalidRecipe(f"{self.samples} calibration samples are too few; use --samples 1 or more")
 
     @property
     def label(self) -> str:
@@ -66,7 +69,7 @@ class Recipe:
         """The inverse of `to_dict`; raises InvalidRecipe for fields this version does not know."""
         unknown = sorted(set(fields) - set(Recipe.__dataclass_fields__))
         if unknown:
-            raise InvalidRecipe(f"recipe fields {', '.join(unknown)} are unknown; a newer vlquant may know them.")
+            raise InvalidRecipe(f"recipe fields {', '.join(unknown)} are unknown; a newer vlquant may know them")
         return Recipe(**fields)
 
     def require_shape(self, name: str, *, out_features: int, in_features: int) -> None:
@@ -76,13 +79,13 @@ class Recipe:
         if in_features % CODES_MULTIPLE or out_features % CODES_MULTIPLE:
             raise InvalidRecipe(
                 f"{name} has {out_features} x {in_features} weights, which GPTQ cannot pack because both must be "
-                f"multiples of {CODES_MULTIPLE}; use --method bnb."
+                f"multiples of {CODES_MULTIPLE}; use --method bnb"
             )
         if self.group_size != -1 and in_features % self.group_size:
             fitting = [str(size) for size in GROUP_SIZES if size != -1 and in_features % size == 0]
             raise InvalidRecipe(
                 f"group size {self.group_size} does not divide the {in_features} inputs of {name}; "
-                f"use --group-size {' or '.join(fitting)} or -1."
+                f"use --group-size {' or '.join(fitting)} or -1"
             )
 
     def groups(self, in_features: int) -> int:
