@@ -16,11 +16,13 @@ from vlquant.calib_data.scenes import (
     ask_color,
     ask_count_of_color,
     ask_count_of_shape,
+    ask_follower,
     ask_presence,
     ask_value,
     choose_color,
     find_frame,
     name_color,
+    random_word,
 )
 from vlquant.metrics import read_box
 
@@ -30,9 +32,11 @@ MOST_DRILLS = 8
 
 def drills(sample: Sample) -> tuple[Question, ...]:
     """Everything the scene shows, read out, and short questions it could have been asked."""
-    if not sample.pictures or sample.kind == "page":
-        return ()
     chance = random.Random(f"drills/{sample.key}")
+    if sample.kind == "page":
+        return ()
+    if not sample.pictures:
+        return tuple(drill_text(chance))
     first = sample.pictures[0]
     short: list[Question] = []
     if first.bars:
@@ -43,6 +47,23 @@ def drills(sample: Sample) -> tuple[Question, ...]:
         short = drill_figures(first.figures, chance)
     fresh = [each for each in short if each.text not in {asked.text for asked in sample.questions}]
     return (*chance.sample(fresh, min(MOST_DRILLS, len(fresh))), readout(sample))
+
+
+def drill_text(chance: random.Random) -> list[Question]:
+    """What follows what, and which letter an option has: looking things up, without a picture's cost."""
+    questions = []
+    for _ in range(5):
+        word = random_word(chance)
+        index = chance.randrange(1, len(word))
+        if word.count(word[index - 1]) == 1:
+            questions.append(ask_follower(word, index))
+        color = chance.choice(list(COLORS))
+        questions.append(choose_color(chance, ask_letter(color), color))
+    return questions
+
+
+def ask_letter(color: str) -> str:
+    return f"Which letter is {color}?"
 
 
 def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question]:
@@ -60,7 +81,7 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
         questions.append(Question(ask_color(each.shape), each.color, "choice"))
     for each in alone[:2]:
         questions.append(choose_color(chance, ask_color(each.shape), each.color))
-        questions.append(choose_color(chance, f"Which letter is {each.color}?", each.color))
+        questions.append(choose_color(chance, ask_letter(each.color), each.color))
     return questions
 
 

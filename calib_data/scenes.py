@@ -303,10 +303,16 @@ def text_only(chance: random.Random) -> Scene:
         (f"What is the first symbol of {word}?", word[0]),
         (f"What is the last symbol of {word}?", word[-1]),
     ]
+    questions = [Question(text, answer, "text_only") for text, answer in asked]
     if word.count(word[index - 1]) == 1:
-        asked.append((f"Which symbol follows {word[index - 1]} in {word}?", word[index]))
-    chance.shuffle(asked)
-    return Scene((), tuple(Question(text, answer, "text_only") for text, answer in asked[:4]))
+        questions.append(ask_follower(word, index))
+    chance.shuffle(questions)
+    return Scene((), tuple(questions[:4]))
+
+
+def ask_follower(word: str, index: int) -> Question:
+    """What comes after the symbol before `index`, which the word must hold only once."""
+    return Question(f"Which symbol follows {word[index - 1]} in {word}?", word[index], "text_only")
 
 
 def page(chance: random.Random) -> Scene:

@@ -40,7 +40,7 @@ class Phase:
     kinds: tuple[str, ...]
 
 
-WEAK_AND_ALL = (*KINDS, "document", "receipt", "chart", "count", "yes_no", "choice", "locate", "video")
+WEAK_AND_ALL = (*KINDS, "document", "receipt", "chart", "count", "yes_no", "choice", "locate", "video", "text_only")
 """What is slow to learn comes twice."""
 PHASES = (
     Phase("see", 0.1, WEAK_AND_ALL),

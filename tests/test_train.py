@@ -106,7 +106,7 @@ def test_readouts_list_what_the_questions_are_about():
     for index in range(110):
         sample = draw_sample("train", index)
         if sample.kind == "text_only":
-            assert drills(sample) == ()
+            assert all(each.answer in each.text for each in drills(sample)) and len(drills(sample)) >= 5
             continue
         everything = readout(sample)
         assert drills(sample)[-1] == everything
