@@ -4,6 +4,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -260,7 +261,8 @@ class Pipeline:
 
     def text(self, generation: Generation) -> AnswerText:
         """How ids of an answer become text."""
-        return AnswerText(self.tokenizer.decode, (self._stop_token, *generation.stop))
+        decode = partial(self.tokenizer.decode, skip_special=not self.config.family.shows_special_tokens)
+        return AnswerText(decode, (self._stop_token, *generation.stop))
 
     def answer(self, batch: Batch, row: int, ids: list[int], generation: Generation) -> Answer:
         """The finished answer of one row."""

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vlquant.config import parse_config, read_config
-from vlquant.decoder import Rope
+from vlquant.decoder import LongRope, Rope
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from vlquant.family import FAMILIES
 
@@ -44,6 +44,29 @@ def test_rope_scaling_old_and_new(source):
     language["rope_scaling"] = {"type": "linear", "factor": 2.0}
     with pytest.raises(UnsupportedCheckpoint, match="linear"):
         parse_config(source, "x")
+
+
+def test_long_rope_old_and_new(source):
+    language = source["llm_config"] | {"architectures": ["Phi3ForCausalLM"], "original_max_position_embeddings": 48}
+    language["rope_scaling"] = {"type": "su", "short_factor": [1.0, 1.5], "long_factor": [2, 3.0]}
+    source["llm_config"] = language
+    expected = Rope(theta=10_000.0, long=LongRope((1.0, 1.5), (2.0, 3.0), 48))
+    assert parse_config(source, "x").decoder.rope == expected
+    del language["rope_scaling"], language["rope_theta"], language["original_max_position_embeddings"]
+    language["rope_parameters"] = {
+        "rope_type": "longrope", "short_factor": [1.0, 1.5], "long_factor": [2.0, 3.0],
+        "rope_theta": 10_000.0, "original_max_position_embeddings": 48,
+    }  # fmt: skip
+    assert parse_config(source, "x").decoder.rope == expected
+    del language["rope_parameters"]["long_factor"]
+    with pytest.raises(BrokenCheckpoint, match="factors"):
+        parse_config(source, "x")
+
+
+def test_qwen3_norms_its_heads(source):
+    source["llm_config"] |= {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32, "tie_word_embeddings": True}
+    decoder = parse_config(source, "x").decoder
+    assert decoder.query_key_norm and decoder.head_dim == 32 and decoder.tied_head and not decoder.query_key_value_bias
 
 
 def test_qwen2_ignores_rope_scaling_as_the_reference_does(source):

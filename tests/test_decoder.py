@@ -3,7 +3,17 @@
 import pytest
 import torch
 
-from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, Rope, attend, float_layer, visible_keys
+from vlquant.decoder import (
+    Decoder,
+    DecoderConfig,
+    FloatLinear,
+    KeyValueCache,
+    LongRope,
+    Rope,
+    attend,
+    float_layer,
+    visible_keys,
+)
 
 transformers = pytest.importorskip("transformers", reason="compared with transformers' own classes")
 
@@ -19,6 +29,8 @@ SHAPE = {
     "tie_word_embeddings": False,
 }
 
+LONG = LongRope(short_factors=(1.0, 1.1, 1.3, 1.6), long_factors=(1.2, 2.5, 4.0, 8.0), short_reach=12)
+
 
 def build_theirs(kind: str):
     torch.manual_seed(0)
@@ -28,8 +40,38 @@ def build_theirs(kind: str):
     if kind == "qwen2":
         config = transformers.Qwen2Config(**SHAPE, rope_parameters=rope)
         return transformers.Qwen2ForCausalLM(config).eval()
+    if kind == "qwen3":
+        return with_uneven_norms(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=16, rope_parameters=rope)))
+    if kind == "phi3":
+        rope |= {"rope_type": "longrope", "short_factor": list(LONG.short_factors), "long_factor": list(LONG.long_factors)}
+        rope |= {"original_max_position_embeddings": LONG.short_reach}
+        extra = {"original_max_position_embeddings": LONG.short_reach, "pad_token_id": 0}
+        return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, **extra, rope_parameters=rope)).eval()
     config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope, attention_bias=kind == "biased")
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def with_uneven_norms(model):
+    """All scales of one would hide which norm is applied where."""
+    for name, weight in model.named_parameters():
+        if "norm" in name:
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model.eval()
+
+
+def unfused(weights):
+    """Phi-3's stacked tensors apart."""
+    apart = {}
+    for name, weight in weights.items():
+        if "qkv_proj" in name:
+            for part, rows in zip(("q", "k", "v"), weight.split([48, 16, 16]), strict=True):
+                apart[name.replace("qkv", part)] = rows
+        elif "gate_up_proj" in name:
+            for part, rows in zip(("gate", "up"), weight.chunk(2), strict=True):
+                apart[name.replace("gate_up", part)] = rows
+        else:
+            apart[name] = weight
+    return apart
 
 
 def build_ours(theirs, kind: str) -> Decoder:
@@ -38,14 +80,15 @@ def build_ours(theirs, kind: str) -> Decoder:
         layers=2,
         heads=6,
         key_value_heads=2,
-        head_dim=8,
+        head_dim=16 if kind == "qwen3" else 8,
         intermediate_size=80,
         vocab_size=70,
         norm_eps=1e-5,
-        rope=Rope(10000.0, 2.0 if kind == "dynamic" else None),
+        rope=Rope(10000.0, 2.0 if kind == "dynamic" else None, LONG if kind == "phi3" else None),
         max_positions=24,
+        query_key_norm=kind == "qwen3",
     )
-    weights = {name: tensor.detach() for name, tensor in theirs.state_dict().items()}
+    weights = unfused({name: tensor.detach() for name, tensor in theirs.state_dict().items()})
     layers = []
     for index in range(2):
         prefix = f"model.layers.{index}."
@@ -55,12 +98,14 @@ def build_ours(theirs, kind: str) -> Decoder:
     return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=FloatLinear(weights["lm_head.weight"]))
 
 
-@pytest.mark.parametrize("kind", ["llama", "biased", "qwen2", "dynamic"])
+@pytest.mark.parametrize(
+    ("kind", "length"),
+    [("llama", 20), ("biased", 20), ("qwen2", 20), ("qwen3", 20), ("dynamic", 40), ("phi3", 11), ("phi3", 13), ("phi3", 20)],
+)
 @torch.inference_mode()
-def test_equals_transformers(kind):
+def test_equals_transformers(kind, length):
     theirs = build_theirs(kind)
     ours = build_ours(theirs, kind)
-    length = 40 if kind == "dynamic" else 20
     ids = torch.randint(0, 70, (2, length))
     expected = theirs(ids).logits
     assert torch.allclose(ours(ours.embed(ids), all_positions=True), expected, atol=1e-4)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlquant.checkpoint import read_json
-from vlquant.decoder import DecoderConfig, Rope
+from vlquant.decoder import DecoderConfig, LongRope, Rope
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from vlquant.family import FAMILIES, LanguageFamily
 from vlquant.prompt import IMAGE_CONTEXT, find_template
@@ -18,6 +18,8 @@ MANIFEST_FILE = "vlquant.json"
 DEFAULT_MAX_TILES = 12
 DEFAULT_ROPE_THETA = 10_000.0
 PLAIN_ROPES = (None, "default")
+LONG_ROPES = ("su", "longrope")
+"""Older and newer name of the same."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +117,7 @@ def _decoder(language: Mapping, family: LanguageFamily, where: str) -> DecoderCo
         max_positions=_value(language, "max_position_embeddings", where),
         query_key_value_bias=_bias(family.query_key_value_bias, language),
         output_bias=_bias(family.output_bias, language),
+        query_key_norm=family.query_key_norm,
         tied_head=bool(language.get("tie_word_embeddings", False)),
     )
 
@@ -131,9 +134,22 @@ def _rope(language: Mapping, family: LanguageFamily, where: str) -> Rope:
     kind = scaling.get("type") or scaling.get("rope_type")
     if not family.honours_rope_scaling or kind in PLAIN_ROPES:
         return Rope(theta=theta)
-    if kind != "dynamic":
-        raise UnsupportedCheckpoint(f"{where}: rope scaling {kind!r} is not supported; take a model with plain or dynamic rope")
-    return Rope(theta=theta, dynamic_factor=float(_value(scaling, "factor", f"{where} rope_scaling")))
+    if kind == "dynamic":
+        return Rope(theta=theta, dynamic_factor=float(_value(scaling, "factor", f"{where} rope_scaling")))
+    if kind in LONG_ROPES:
+        return Rope(theta=theta, long=_long_rope(language, scaling, where))
+    raise UnsupportedCheckpoint(
+        f"{where}: rope scaling {kind!r} is not supported; take a model with plain, dynamic or {' or '.join(LONG_ROPES)} rope"
+    )
+
+
+def _long_rope(language: Mapping, scaling: Mapping, where: str) -> LongRope:
+    lists = [scaling.get(key) for key in ("short_factor", "long_factor")]
+    if not all(isinstance(each, list) and all(isinstance(factor, int | float) for factor in each) for each in lists):
+        raise BrokenCheckpoint(f"{where} rope_scaling lacks its lists of factors; download the original file again")
+    short, long = (tuple(map(float, each)) for each in lists)
+    reach = "original_max_position_embeddings"
+    return LongRope(short, long, _value(scaling if reach in scaling else language, reach, where))
 
 
 def _vision(source: Mapping, where: str) -> VisionConfig:

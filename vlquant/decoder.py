@@ -4,6 +4,7 @@ Knows no checkpoint, kernel or text: the same layer serves calibration (float li
 and running (packed linears).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,12 +27,24 @@ NORMS = ("input_layernorm", "post_attention_layernorm")
 
 
 @dataclass(frozen=True)
+class LongRope:
+    """Phi-3's "su" rope: frequencies divided by one list of factors up to `short_reach` positions, by another beyond."""
+
+    short_factors: tuple[float, ...]
+    """One per pair of features of a head, as are the long ones."""
+    long_factors: tuple[float, ...]
+    short_reach: int
+    """Positions the model was first trained for (original_max_position_embeddings)."""
+
+
+@dataclass(frozen=True)
 class Rope:
     """Rotary position embedding."""
 
     theta: float
     dynamic_factor: float | None = None
     """Dynamic NTK factor, used beyond `max_positions`; None is plain rope."""
+    long: LongRope | None = None
 
 
 @dataclass(frozen=True)
@@ -76,18 +89,30 @@ def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Ten
     """Cosines and sines [batch, 1, length, head_dim] (float32) of `positions` [batch, length].
 
     Dynamic NTK enlarges the base as soon as a position lies beyond `max_positions` and again
-    whenever the sequence grows; cached keys keep their old rotation, as in the original InternLM2.
+    whenever the sequence grows; long rope takes its long factors as soon as one lies beyond `short_reach`.
+    Cached keys keep their old rotation, as in the original InternLM2 and Phi-3.
     """
     base, width = config.rope.theta, config.head_dim
     reach = int(positions.max()) + 1
-    factor = config.rope.dynamic_factor
+    factor, long = config.rope.dynamic_factor, config.rope.long
     if factor and reach > config.max_positions:
         stretch = factor * reach / config.max_positions - (factor - 1)
         base = base * stretch ** (width / (width - 2))
     exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    angles = positions[..., None].float() / base**exponents  # [batch, length, head_dim / 2]
+    periods = base**exponents  # [head_dim / 2], in positions per radian
+    if long:
+        factors = long.long_factors if reach > long.short_reach else long.short_factors
+        periods = periods * torch.tensor(factors, device=positions.device)
+    angles = positions[..., None].float() / periods  # [batch, length, head_dim / 2]
     angles = torch.cat((angles, angles), dim=-1)[:, None]
-    return angles.cos(), angles.sin()
+    scale = long_rope_scale(long, config.max_positions) if long else 1.0
+    return angles.cos() * scale, angles.sin() * scale
+
+
+def long_rope_scale(long: LongRope, max_positions: int) -> float:
+    """What long rope multiplies cosines and sines with, in both regimes."""
+    stretch = max_positions / long.short_reach
+    return math.sqrt(1 + math.log(stretch) / math.log(long.short_reach)) if stretch > 1 else 1.0
 
 
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
@@ -163,7 +188,7 @@ class KeyValueCache:
 
 
 class DecoderLayer:
-    """Attention and gated MLP with pre-normalisation, as Llama, InternLM2 and Qwen2 share them.
+    """Attention and gated MLP with pre-normalisation, as Llama, InternLM2, Phi-3, Qwen2 and Qwen3 share them.
 
     linears: one callable for each name of `LINEARS`; norms: weights named as in `NORMS`, and
     `self_attn.q_norm` / `self_attn.k_norm` where the config asks for them.

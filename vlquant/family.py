@@ -14,6 +14,7 @@ from torch import Tensor
 from vlquant.decoder import LINEARS, NORMS
 
 LANGUAGE_MODEL = "model.language_model."
+_LAYER = LANGUAGE_MODEL + "layers.{}."
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,15 @@ class LanguageFamily:
     query_key_value_bias: bool | str = False
     """True or False, or the config key that says so."""
     output_bias: bool | str = False
+    query_key_norm: bool = False
+    """RMSNorm over each query and key head."""
+    shows_special_tokens: bool = False
+    """The original decodes answers with special tokens left in (InternVL 3.5)."""
 
 
 def _language_names(top: Mapping[str, str], layer: Mapping[str, str]) -> dict[str, str]:
     """Full canonical -> stored names from those of the top level and of one layer."""
-    names = {LANGUAGE_MODEL + "layers.{}." + ours: "language_model.model.layers.{}." + theirs for ours, theirs in layer.items()}
+    names = {_LAYER + ours: "language_model.model.layers.{}." + theirs for ours, theirs in layer.items()}
     return {**{ours: "language_model." + theirs for ours, theirs in top.items()}, **names}
 
 
@@ -58,7 +63,7 @@ _LLAMA_NAMES = _language_names(
         LANGUAGE_MODEL + "norm": "model.norm",
         "lm_head": "lm_head",
     },
-    {name: name for name in LINEARS + NORMS},
+    {name: name for name in (*LINEARS, *NORMS, "self_attn.q_norm", "self_attn.k_norm")},
 )
 _INTERNLM2_NAMES = _language_names(
     {
@@ -75,10 +80,14 @@ _INTERNLM2_NAMES = _language_names(
         "post_attention_layernorm": "ffn_norm",
     },
 )
+_QUERY_KEY_VALUE = tuple(_LAYER + name for name in LINEARS[:3])
+_GATE_UP = tuple(_LAYER + name for name in LINEARS[4:6])
 _INTERNLM2_QUERY_KEY_VALUE = Fusion(
-    source="language_model.model.layers.{}.attention.wqkv",
-    parts=tuple(LANGUAGE_MODEL + "layers.{}.self_attn." + name for name in ("q_proj", "k_proj", "v_proj")),
-    per_key_value_head=True,
+    source="language_model.model.layers.{}.attention.wqkv", parts=_QUERY_KEY_VALUE, per_key_value_head=True
+)
+_PHI3_FUSIONS = (
+    Fusion(source="language_model.model.layers.{}.self_attn.qkv_proj", parts=_QUERY_KEY_VALUE),
+    Fusion(source="language_model.model.layers.{}.mlp.gate_up_proj", parts=_GATE_UP),
 )
 
 FAMILIES = {
@@ -106,6 +115,22 @@ FAMILIES = {
             names=_LLAMA_NAMES,
             query_key_value_bias="attention_bias",
             output_bias="attention_bias",
+        ),
+        LanguageFamily(
+            architecture="Qwen3ForCausalLM",
+            text_model_type="qwen3",
+            names=_LLAMA_NAMES,
+            query_key_value_bias="attention_bias",
+            output_bias="attention_bias",
+            query_key_norm=True,
+            shows_special_tokens=True,
+        ),
+        LanguageFamily(
+            architecture="Phi3ForCausalLM",
+            # Apart, not fused, its tensors are a Llama's; and transformers' Llama knows long rope.
+            text_model_type="llama",
+            names=_LLAMA_NAMES,
+            fusions=_PHI3_FUSIONS,
         ),
     )
 }
@@ -140,11 +165,14 @@ VISION_FUSIONS = (
 
 KNOWN_MODELS = (
     "Mini-InternVL-Chat-2B-V1-5",
+    "Mini-InternVL-Chat-4B-V1-5",
     "InternVL-Chat-V1-5",
     "InternVL2-1B",
     "InternVL2-2B",
+    "InternVL2-4B",
     "InternVL2-8B",
     "InternVL2-26B",
+    "InternVL2-40B",
     "InternVL2-Llama3-76B",
     "InternVL2_5-1B",
     "InternVL2_5-2B",
@@ -160,6 +188,12 @@ KNOWN_MODELS = (
     "InternVL3-14B",
     "InternVL3-38B",
     "InternVL3-78B",
+    "InternVL3_5-1B",
+    "InternVL3_5-2B",
+    "InternVL3_5-4B",
+    "InternVL3_5-8B",
+    "InternVL3_5-14B",
+    "InternVL3_5-38B",
 )
 """Published models of the supported families; names for error messages, never a source of numbers."""
 

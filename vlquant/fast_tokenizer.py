@@ -1,6 +1,7 @@
 """Tokenizer files to a `tokenizers.Tokenizer` with the same ids. Knows no prompts and no models."""
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import tokenizers
@@ -9,9 +10,8 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from vlquant.checkpoint import read_json
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from vlquant.sentencepiece_model import BPE, USER_DEFINED, Piece, SentencePieceModel, read_sentencepiece_model
+from vlquant.slow_tokenizer import SPACE
 from vlquant.special_tokens import TokenizerFiles
-
-SPACE = "▁"
 
 # How Qwen2 cuts text into words before BPE (its pattern is part of the tokenizer class, not of the files).
 QWEN2_WORDS = (
@@ -59,9 +59,13 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles) -
     return tokenizer
 
 
-def sentencepiece_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
-    """InternLM2's tokenizer from tokenizer.model, re-labelled pieces under their new names.
+def sentencepiece_tokenizer(
+    files: TokenizerFiles, *, first_only: bool = False, user_defined: bool = True
+) -> tokenizers.Tokenizer:
+    """InternLM2's or Llama's tokenizer from tokenizer.model, re-labelled pieces under their new names.
 
+    first_only: a space goes before the whole text and not, as the .model may say, before every stretch of it.
+    user_defined: match the .model's user-defined pieces literally, as sentencepiece does and InternLM2TokenizerFast does not.
     Raises UnsupportedCheckpoint if the model is not byte pair encoding.
     """
     path = files.folder / "tokenizer.model"
@@ -77,13 +81,17 @@ def sentencepiece_tokenizer(files: TokenizerFiles) -> tokenizers.Tokenizer:
         vocab=vocabulary, merges=merges_from_scores(model.pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = tokenizers.Tokenizer(bpe)
+    if first_only:
+        model = replace(model, add_dummy_prefix=False)
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
     tokenizer.normalizer = _normalizer(model)
-    tokenizer.decoder = _decoder(model)
+    tokenizer.decoder = _decoder(model, first_space=first_only)
     _add_bos(tokenizer, files)
     add_missing_tokens(tokenizer, files)
-    user_defined = [piece.text for index, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED and index not in labels]
-    # normalized: the piece may contain the space mark, which exists only after normalization.
-    tokenizer.add_tokens([AddedToken(text, normalized=SPACE in text, special=False) for text in user_defined])
+    if user_defined:
+        literal = [piece.text for index, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED and index not in labels]
+        # normalized: the piece may contain the space mark, which exists only after normalization.
+        tokenizer.add_tokens([AddedToken(text, normalized=SPACE in text, special=False) for text in literal])
     return tokenizer
 
 
@@ -114,9 +122,9 @@ def _normalizer(model: SentencePieceModel):
     return normalizers.Sequence([*steps, normalizers.Replace(" ", SPACE)])
 
 
-def _decoder(model: SentencePieceModel):
+def _decoder(model: SentencePieceModel, *, first_space: bool):
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
-    return decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix else []))
+    return decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix or first_space else []))
 
 
 def _add_bos(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles) -> None:

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from vlquant.config import ChatConfig, ModelConfig
-from vlquant.decoder import LINEARS, DecoderConfig
+from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
 from vlquant.errors import UnsupportedCheckpoint
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template, find_template
@@ -21,6 +21,8 @@ STAGES = (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:])
 
 KEEP_FLOAT = ("model.vision_tower", "model.multi_modal_projector", "vision_tower", "multi_modal_projector", "lm_head")
 """What readers of bitsandbytes checkpoints must leave alone, under the names each of them compares."""
+
+TEXT_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 VIDEO = "<video>"
 """What InternVLProcessor expands to numbered frames."""
@@ -63,7 +65,7 @@ def text_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict:
     decoder = config.decoder
     fields = {
         "model_type": config.family.text_model_type,
-        "architectures": [{"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[config.family.text_model_type]],
+        "architectures": [TEXT_CLASSES[config.family.text_model_type]],
         "torch_dtype": dtype,
         "hidden_size": decoder.hidden_size,
         "intermediate_size": decoder.intermediate_size,
@@ -83,18 +85,30 @@ def text_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict:
         "pad_token_id": tokenizer.pad_id,
         **_rope(decoder),
     }
-    if config.family.text_model_type == "llama":
+    if config.family.text_model_type in ("llama", "qwen3"):
         fields |= {"attention_bias": decoder.output_bias, "mlp_bias": False}
-    else:
+    if config.family.text_model_type in ("qwen2", "qwen3"):
         fields |= {"use_sliding_window": False}
     return fields
 
 
 def _rope(decoder: DecoderConfig) -> dict:
     """Both spellings: transformers 4 reads rope_theta and rope_scaling, 5 makes rope_parameters of them."""
-    factor = decoder.rope.dynamic_factor
-    scaling = None if factor is None else {"rope_type": "dynamic", "factor": factor}
-    return {"rope_theta": decoder.rope.theta, "rope_scaling": scaling}
+    rope, scaling = decoder.rope, None
+    if rope.dynamic_factor is not None:
+        scaling = {"rope_type": "dynamic", "factor": rope.dynamic_factor}
+    if rope.long is None:
+        return {"rope_theta": rope.theta, "rope_scaling": scaling}
+    reach = rope.long.short_reach
+    scaling = {
+        "rope_type": "longrope",
+        "short_factor": list(rope.long.short_factors),
+        "long_factor": list(rope.long.long_factors),
+        "factor": decoder.max_positions / reach,
+        "attention_factor": long_rope_scale(rope.long, decoder.max_positions),
+        "original_max_position_embeddings": reach,
+    }
+    return {"rope_theta": rope.theta, "rope_scaling": scaling, "original_max_position_embeddings": reach}
 
 
 def vision_config(vision: VisionConfig, dtype: str) -> dict:

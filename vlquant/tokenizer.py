@@ -1,7 +1,6 @@
 """Text to token ids and back, exactly as the original tokenizers. Knows no prompts and no models."""
 
 import json
-import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
@@ -12,24 +11,28 @@ import tokenizers
 
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from vlquant.fast_tokenizer import add_missing_tokens, byte_level_tokenizer, sentencepiece_tokenizer
+from vlquant.slow_tokenizer import (
+    SENTENCEPIECE_FILE,
+    LlamaTokenizer,
+    SentencePieceTokenizer,
+    clean_up,
+    no_such_token,
+)
 from vlquant.special_tokens import (
     ADDED_TOKENS,
     SPECIAL_TOKENS_MAP,
     TOKENIZER_CONFIG,
-    AddedToken,
     TokenizerFiles,
     read_tokenizer_files,
 )
 
-SENTENCEPIECE_FILE = "tokenizer.model"
 BYTE_LEVEL_FILES = ("vocab.json", "merges.txt")
 FAST_FILE = "tokenizer.json"
-SENTENCEPIECE_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "PreTrainedTokenizerFast")
-
-# transformers' clean_up_tokenization, in its order.
-_CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't")) + tuple(
-    (f" '{ending}", f"'{ending}") for ending in ("m", "s", "ve", "re")
-)
+INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "PreTrainedTokenizerFast")
+LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
+FLAVOURS = ("slow", "fast")
+SOURCE_CLASS = "source_tokenizer_class"
+"""Our entry in a bundle's tokenizer_config.json, whose tokenizer_class is for other readers."""
 
 
 class Tokenizer(Protocol):
@@ -48,110 +51,6 @@ class Tokenizer(Protocol):
 
     def token_id(self, token: str) -> int:
         """Id of one token. Raises BrokenCheckpoint if there is none."""
-
-
-class SentencePieceTokenizer:
-    """InternLM2: stretches of text between added tokens go to sentencepiece, re-labelled pieces keep their ids."""
-
-    def __init__(self, files: TokenizerFiles):
-        from sentencepiece import SentencePieceProcessor
-
-        self.folder = files.folder
-        try:
-            self._pieces = SentencePieceProcessor(model_file=str(files.folder / SENTENCEPIECE_FILE))
-        except (RuntimeError, OSError):
-            raise BrokenCheckpoint(
-                f"{files.folder / SENTENCEPIECE_FILE} is not a sentencepiece model; download it again"
-            ) from None
-        self._added = dict(files.added)
-        for content in files.special - self._added.keys():
-            # Older folders list only what is not already a piece.
-            if self._pieces.id_to_piece(self._pieces.piece_to_id(content)) == content:
-                self._added[content] = AddedToken(content, self._pieces.piece_to_id(content))
-        self._by_id = {token.id: token for token in self._added.values()}
-        self._special = files.special
-        longest_first = sorted(self._added, key=len, reverse=True)
-        self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
-        self._bos = self._id_of(files, "bos_token") if files.settings.get("add_bos_token", True) else None
-        pad, eos = self._id_of(files, "pad_token"), self._id_of(files, "eos_token")
-        self.pad_id = next((each for each in (pad, eos) if each is not None), 0)
-        self._clean_up = files.settings.get("clean_up_tokenization_spaces", True)
-        self.vocabulary_size = max(self._by_id.keys() | {self._pieces.get_piece_size() - 1}) + 1
-
-    def _id_of(self, files: TokenizerFiles, role: str) -> int | None:
-        token = self._added.get(files.roles.get(role))
-        return None if token is None else token.id
-
-    def encode(self, text: str) -> list[int]:
-        """Ids of `text`, bos first."""
-        ids = [] if self._bos is None else [self._bos]
-        for stretch in self._split(text):
-            if stretch in self._added:
-                ids.append(self._added[stretch].id)
-            elif stretch:
-                ids += self._pieces.encode(stretch)
-        return ids
-
-    def _split(self, text: str) -> list[str]:
-        """Stretches between added tokens and the added tokens; those may swallow white space around them."""
-        if self._splitter is None:
-            return [text]
-        stretches = self._splitter.split(text)  # text, token, text, token, ..., text
-        for position in range(1, len(stretches), 2):
-            token = self._added[stretches[position]]
-            if token.lstrip:
-                stretches[position - 1] = stretches[position - 1].rstrip()
-            if token.rstrip:
-                stretches[position + 1] = stretches[position + 1].lstrip()
-        return stretches
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """Text of `ids`; added tokens stand apart with a space, as in the original, unless skipped."""
-        texts, run = [], []
-        for index in map(int, ids):
-            token = self._by_id.get(index)
-            if token is None or token.content in self._special and not self._stands_apart(token):
-                if token is None or not skip_special:
-                    run.append(index)
-                continue
-            if skip_special and token.content in self._special:
-                continue
-            if run:
-                texts.append(self._decode_run(run))
-                run = []
-            texts.append(token.content)
-        if run:
-            texts.append(self._decode_run(run))
-        text = " ".join(text for text in texts if text)
-        return clean_up(text) if self._clean_up else text
-
-    def _stands_apart(self, token: AddedToken) -> bool:
-        """The original separates added tokens by spaces, but not special ones inside the .model's range."""
-        return token.content not in self._special or token.id >= self._pieces.get_piece_size()
-
-    def _decode_run(self, ids: list[int]) -> str:
-        """Pieces, and special tokens among them: a space before the first of several special ones in a row."""
-        text, pieces, after_special = "", [], False
-        for index in ids:
-            token = self._by_id.get(index)
-            if token is None:
-                pieces.append(index)
-                after_special = False
-                continue
-            text += "" if after_special else " "
-            text += self._pieces.decode(pieces) + token.content
-            pieces, after_special = [], True
-        # The original cleans up here whatever clean_up_tokenization_spaces says.
-        return clean_up(text + self._pieces.decode(pieces))
-
-    def token_id(self, token: str) -> int:
-        """Id of one token. Raises BrokenCheckpoint if there is none."""
-        if token in self._added:
-            return self._added[token].id
-        index = self._pieces.piece_to_id(token)
-        if self._pieces.id_to_piece(index) != token:
-            raise _no_such_token(self.folder, token)
-        return index
 
 
 class FastTokenizer:
@@ -178,29 +77,39 @@ class FastTokenizer:
         """Id of one token. Raises BrokenCheckpoint if there is none."""
         index = self._backend.token_to_id(token)
         if index is None:
-            raise _no_such_token(self.folder, token)
+            raise no_such_token(self.folder, token)
         return index
 
 
-def clean_up(text: str) -> str:
-    """Remove the spaces before punctuation and English contractions that some tokenizers leave."""
-    for spaced, joined in _CLEAN_UP:
-        text = text.replace(spaced, joined)
-    return text
-
-
-def load_tokenizer(folder: str | Path) -> Tokenizer:
+def load_tokenizer(folder: str | Path, flavour: str | None = None) -> Tokenizer:
     """The tokenizer of a checkpoint or bundle, from the files the original would read.
 
-    Raises BrokenCheckpoint for missing or unreadable files, UnsupportedCheckpoint for an unknown tokenizer class.
+    flavour: "slow" or "fast", as AutoTokenizer's `use_fast`. They give the same ids for all families but Phi-3 and Yi.
+    None: what the folder's own `use_fast` default gives: a tokenizer.json where the class is Llama's, else the slow one.
+    Raises BrokenCheckpoint for missing or unreadable files, UnsupportedCheckpoint for an unknown class or flavour.
     """
     files = read_tokenizer_files(folder)
+    if flavour not in (None, *FLAVOURS):
+        raise UnsupportedCheckpoint(f"tokenizer flavour {flavour!r} is unknown; use {' or '.join(FLAVOURS)}")
     if (files.folder / SENTENCEPIECE_FILE).exists():
-        _require_sentencepiece_class(files)
-        return SentencePieceTokenizer(files)
+        slow_class = _sentencepiece_class(files)
+        if flavour == "slow" or flavour is None and not _prefers_json(files):
+            return slow_class(files)
+        return FastTokenizer(files, _fast_backend(files, like_slow=False), clean_up_default=True)
     if all((files.folder / name).exists() for name in BYTE_LEVEL_FILES):
         return FastTokenizer(files, byte_level_tokenizer(files), clean_up_default=False)
     return FastTokenizer(files, _read_fast(files), clean_up_default=True)
+
+
+def _prefers_json(files: TokenizerFiles) -> bool:
+    return _source_class(files) in LLAMA_CLASSES and (files.folder / FAST_FILE).exists()
+
+
+def _fast_backend(files: TokenizerFiles, *, like_slow: bool) -> tokenizers.Tokenizer:
+    """The fast flavour of a folder with a sentencepiece model; like_slow: with the slow one's ids, where that is the default."""
+    if _prefers_json(files):
+        return _read_fast(files)
+    return sentencepiece_tokenizer(files, first_only=_source_class(files) in LLAMA_CLASSES, user_defined=like_slow)
 
 
 def write_fast_tokenizer(folder_in: str | Path, folder_out: str | Path) -> None:
@@ -211,8 +120,8 @@ def write_fast_tokenizer(folder_in: str | Path, folder_out: str | Path) -> None:
     """
     files, target = read_tokenizer_files(folder_in), Path(folder_out)
     if (files.folder / SENTENCEPIECE_FILE).exists():
-        _require_sentencepiece_class(files)
-        backend = sentencepiece_tokenizer(files)
+        _sentencepiece_class(files)
+        backend = _fast_backend(files, like_slow=True)
     elif all((files.folder / name).exists() for name in BYTE_LEVEL_FILES):
         backend = byte_level_tokenizer(files)
     else:
@@ -242,7 +151,8 @@ def _fast_settings(files: TokenizerFiles) -> dict:
     }
     clean_up_default = not (files.folder / BYTE_LEVEL_FILES[0]).exists()
     settings.setdefault("clean_up_tokenization_spaces", clean_up_default)
-    return settings | {"tokenizer_class": "PreTrainedTokenizerFast"} | dict(files.roles)
+    classes = {"tokenizer_class": "PreTrainedTokenizerFast", SOURCE_CLASS: _source_class(files)}
+    return settings | classes | dict(files.roles)
 
 
 def _read_fast(files: TokenizerFiles) -> tokenizers.Tokenizer:
@@ -259,13 +169,17 @@ def _read_fast(files: TokenizerFiles) -> tokenizers.Tokenizer:
     return add_missing_tokens(backend, files)
 
 
-def _require_sentencepiece_class(files: TokenizerFiles) -> None:
-    name = files.settings.get("tokenizer_class", SENTENCEPIECE_CLASSES[0])
-    if name not in SENTENCEPIECE_CLASSES:
-        raise UnsupportedCheckpoint(
-            f"{files.folder}: tokenizer class {name!r} is not supported; take a model with {SENTENCEPIECE_CLASSES[0]} or Qwen2Tokenizer"
-        )
+def _source_class(files: TokenizerFiles) -> str | None:
+    """The tokenizer class that the published checkpoint names."""
+    return files.settings.get(SOURCE_CLASS) or files.settings.get("tokenizer_class")
 
 
-def _no_such_token(folder: Path, token: str) -> BrokenCheckpoint:
-    return BrokenCheckpoint(f"{folder}: the tokenizer has no token {token!r}; take the tokenizer files of the same checkpoint")
+def _sentencepiece_class(files: TokenizerFiles) -> type[SentencePieceTokenizer]:
+    """The slow tokenizer of a folder with a sentencepiece model; raises UnsupportedCheckpoint for an unknown class."""
+    name = _source_class(files)
+    if name in LLAMA_CLASSES:
+        return LlamaTokenizer
+    if name is None or name in INTERNLM2_CLASSES:
+        return SentencePieceTokenizer
+    known = ", ".join((INTERNLM2_CLASSES[0], LLAMA_CLASSES[0]))
+    raise UnsupportedCheckpoint(f"{files.folder}: tokenizer class {name!r} is not supported; take a model with {known} or Qwen2Tokenizer")
