@@ -99,9 +99,15 @@ def pytest_generate_tests(metafunc):
 
 
 @pytest.fixture
-def small_case() -> GoldenCase:
+def named_case():
+    """A golden checkpoint by its folder's name."""
+    return {case.folder.name: case for case in golden_cases()}.__getitem__
+
+
+@pytest.fixture
+def small_case(named_case) -> GoldenCase:
     """The smallest InternLM2 checkpoint: for tests that need any real one."""
-    return next(case for case in golden_cases() if case.folder.name == "internlm2_chat_ntk")
+    return named_case("internlm2_chat_ntk")
 
 
 @pytest.fixture

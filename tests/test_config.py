@@ -111,7 +111,6 @@ def test_the_system_message_may_be_overridden(source):
     ("change", "error", "words"),
     [
         ({"model_type": "llava"}, UnsupportedCheckpoint, ("llava", "internvl_chat")),
-        ({"model_type": "internvl"}, UnsupportedCheckpoint, ("original release",)),
         ({"llm_config": None}, BrokenCheckpoint, ("llm_config",)),
         ({"vision_config": 3}, BrokenCheckpoint, ("vision_config",)),
         ({"template": "chatty"}, UnsupportedCheckpoint, ("chatty", "internvl2_5")),

@@ -1,9 +1,10 @@
-"""config.json of an `internvl_chat` checkpoint (or the copy inside a bundle) to typed settings. Reads no weights."""
+"""config.json of a checkpoint of either layout (or the copy inside a bundle) to typed settings. Reads no weights."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from vlquant import hf_config
 from vlquant.checkpoint import read_json
 from vlquant.decoder import DecoderConfig, LongRope, Rope
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
@@ -48,7 +49,7 @@ class ModelConfig:
     vision: VisionConfig
     chat: ChatConfig
     source: dict
-    """config.json as read, without `auto_map`."""
+    """config.json in the original's words, without `auto_map`."""
 
 
 def read_config(folder: str | Path) -> ModelConfig:
@@ -64,7 +65,18 @@ def read_config(folder: str | Path) -> ModelConfig:
         return parse_config(_section(read_json(folder / MANIFEST_FILE), "source_config", str(folder)), where)
     if not (folder / CONFIG_FILE).exists():
         raise BrokenCheckpoint(f"{folder} has no {CONFIG_FILE}; give the folder of an InternVL checkpoint or bundle")
-    return parse_config(read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE))
+    source, where = read_json(folder / CONFIG_FILE), str(folder / CONFIG_FILE)
+    if source.get("model_type") == hf_config.MODEL_TYPE:
+        source = hf_config.original_config(source, _processor(folder), where)
+    return parse_config(source, where)
+
+
+def _processor(folder: Path) -> Mapping:
+    """Settings of an `-hf` checkpoint's image processor, which newer files nest in the processor's."""
+    if (folder / "preprocessor_config.json").exists():
+        return read_json(folder / "preprocessor_config.json")
+    path = folder / "processor_config.json"
+    return (read_json(path).get("image_processor") or {}) if path.exists() else {}
 
 
 def parse_config(source: dict, where: str) -> ModelConfig:
@@ -74,9 +86,8 @@ def parse_config(source: dict, where: str) -> ModelConfig:
     """
     model_type = source.get("model_type")
     if model_type != "internvl_chat":
-        hint = "take the original release, without -hf or -HF" if model_type == "internvl" else "give an InternVL folder"
         raise UnsupportedCheckpoint(
-            f"{where}: model_type {model_type!r} is not an original InternVL checkpoint ('internvl_chat'); {hint}"
+            f"{where}: model_type {model_type!r} is no InternVL checkpoint ('internvl_chat' or 'internvl'); give an InternVL folder"
         )
     language = _section(source, "llm_config", where)
     family = _family(language, where)

@@ -229,6 +229,16 @@ def stored_name(name: str, family: LanguageFamily) -> tuple[str, Fusion | None]:
     return stored.format(layer) + kind, None
 
 
+def hf_stored_name(name: str) -> str:
+    """Where `-hf` checkpoints of transformers before 4.53, and what version 5 saves, keep the tensor with canonical `name`.
+
+    The others keep it under `name` itself.
+    """
+    if name.startswith(LANGUAGE_MODEL):
+        return "language_model.model." + name.removeprefix(LANGUAGE_MODEL)
+    return "language_model." + name if name.startswith("lm_head.") else name.removeprefix("model.")
+
+
 def split_fused(fused: Tensor, *, rows: Sequence[int], groups: int) -> list[Tensor]:
     """Undo a fusion: cut `fused` [sum(rows), ...] into tensors of the given numbers of rows.
 

@@ -18,6 +18,7 @@ from vlquant.family import (
     LANGUAGE_MODEL,
     Fusion,
     fusion_groups,
+    hf_stored_name,
     split_fused,
     split_kind,
     split_layer,
@@ -84,6 +85,9 @@ class Model:
         return (rows[self._part(fusion, name)], *shape[1:])
 
     def _stored(self, name: str) -> tuple[str, Fusion | None]:
+        alias = hf_stored_name(name)
+        if alias in self.checkpoint:
+            return alias, None
         try:
             return stored_name(name, self.config.family)
         except KeyError:
