@@ -69,15 +69,15 @@ class Checkpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one tensor. Raises BrokenCheckpoint if there is none of that name."""
-        return self._find(name).shape
+        return self.find(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Stored dtype of one tensor. Raises BrokenCheckpoint if there is none of that name."""
-        return self._find(name).dtype
+        return self.find(name).dtype
 
     def read(self, name: str) -> Tensor:
         """One tensor in its stored dtype. Raises BrokenCheckpoint if it is absent or its bytes are."""
-        stored = self._find(name)
+        stored = self.find(name)
         if stored.nbytes == 0:
             return torch.empty(stored.shape, dtype=stored.dtype)
         buffer = bytearray(stored.nbytes)
@@ -92,7 +92,8 @@ class Checkpoint:
                 filled += count
         return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
-    def _find(self, name: str) -> StoredTensor:
+    def find(self, name: str) -> StoredTensor:
+        """Where one tensor lies. Raises BrokenCheckpoint if there is none of that name."""
         if name not in self._tensors:
             raise BrokenCheckpoint(f"{self.folder}: tensor {name} is missing; download the checkpoint again")
         return self._tensors[name]

@@ -25,6 +25,7 @@ from vlquant.family import (
     stored_name,
 )
 from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
+from vlquant.lora import merge_adapters
 
 HUB_OWNER = "OpenGVLab"
 HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -132,7 +133,7 @@ def open_model(folder: str | Path) -> Model:
     UnsupportedCheckpoint for models this version cannot run.
     """
     config = read_config(folder)
-    model = Model(Path(folder), config, open_checkpoint(folder))
+    model = Model(Path(folder), config, merge_adapters(open_checkpoint(folder), config.source))
     missing = [name for name in tensor_shapes(config) if not model.has(name) and not is_quantized(model, name)]
     if missing:
         raise BrokenCheckpoint(f"{folder} lacks {_some(missing, model)}; download the checkpoint again")
