@@ -28,6 +28,8 @@ from vlquant.metrics import read_box
 
 MOST_DRILLS = 8
 """Questions drilled about one scene, besides its readout."""
+TEXT_READOUTS = 1 / 3
+"""Share of the scenes of text that are read out: reading is learned soon, and its readouts are the longest."""
 
 
 def drills(sample: Sample) -> tuple[Question, ...]:
@@ -46,7 +48,8 @@ def drills(sample: Sample) -> tuple[Question, ...]:
     elif first.figures and sample.kind != "locate":
         short = drill_figures(first.figures, chance)
     fresh = [each for each in short if each.text not in {asked.text for asked in sample.questions}]
-    return (*chance.sample(fresh, min(MOST_DRILLS, len(fresh))), readout(sample))
+    long = [] if first.glyphs and not first.bars and chance.random() > TEXT_READOUTS else [readout(sample)]
+    return (*chance.sample(fresh, min(MOST_DRILLS, len(fresh))), *long)
 
 
 def drill_text(chance: random.Random) -> list[Question]:

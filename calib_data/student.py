@@ -21,7 +21,7 @@ from vlquant.model import open_model
 from vlquant.vision import vision_features
 
 GRADIENT_LIMIT = 1.0
-MATRIX_TO_VECTOR_RATE = 0.2
+MATRIX_TO_VECTOR_RATE = 0.4
 """AdamW's learning rate as a part of Muon's."""
 
 

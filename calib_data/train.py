@@ -86,7 +86,7 @@ def train(
     minutes: Annotated[float, typer.Option(help="Training time, earlier runs counted in.")] = 120,
     seed: Annotated[int, typer.Option(help="Seed of weights and pictures.")] = 0,
     processes: Annotated[int, typer.Option(help="Processes of one thread each; each takes ROWS scenes a step.")] = 2,
-    rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices.")] = 0.004,
+    rate: Annotated[float, typer.Option(help="Peak learning rate of the matrices.")] = 0.0015,
     start: Annotated[Path | None, typer.Option(help="Published model to start from: all kinds from the first step.")] = None,
 ) -> None:
     """Train the demo model, or continue, until MINUTES are used up; then write it in the published layout."""

@@ -5,6 +5,8 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from vlquant.tiling import Box
+
 REPLACEMENT = "\ufffd"
 """What decoding yields for bytes that are not (yet) a character."""
 
@@ -40,19 +42,30 @@ class Answer:
     """Generated ids, with the stop token if it ended the answer."""
     history: History
     """All turns so far, (question with its <image> placeholders, answer)."""
-    tiles: tuple[int, ...]
-    """Tiles per picture or frame."""
+    tile_map: tuple[tuple[Box, ...], ...]
+    """For each picture or frame what each tile shows of it: (left, top, right, bottom) in its pixels."""
     usage: Usage
+
+    @property
+    def tiles(self) -> tuple[int, ...]:
+        """Tiles per picture or frame."""
+        return tuple(map(len, self.tile_map))
 
 
 class AnswerText:
     """The text of growing ids.
 
-    decode: ids so far -> text, special tokens left out; stops: texts that end the answer and are not part of it.
+    decode: ids so far -> text, special tokens left out; stops: texts that end the answer and are not part of it;
+    unsettled: ids so far -> how many of the last ones may come to mean another text.
     """
 
-    def __init__(self, decode: Callable[[list[int]], str], stops: tuple[str, ...] = ()):
-        self._decode, self._stops = decode, stops
+    def __init__(
+        self,
+        decode: Callable[[list[int]], str],
+        stops: tuple[str, ...] = (),
+        unsettled: Callable[[list[int]], int] = lambda ids: 0,
+    ):
+        self._decode, self._stops, self._unsettled = decode, stops, unsettled
 
     def whole(self, ids: list[int]) -> str:
         """The answer that finished `ids` stand for, up to the first stop text, without space around it."""
@@ -70,7 +83,7 @@ class AnswerText:
 
         Left out at the end: bytes that may become a character, space that may be the last, the start of a stop text or contraction.
         """
-        text = self._decode(ids).rstrip(REPLACEMENT)
+        text = self._decode(ids[: len(ids) - self._unsettled(ids)]).rstrip(REPLACEMENT)
         ends = [text.find(stop) for stop in self._stops if stop in text]
         text = text[: min(ends, default=len(text))]
         held = max((_overlap(text, stop) for stop in self._stops), default=0)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlquant.bundle import MANIFEST, find_bundle
-from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache
+from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, rope_depends_on_length
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.prompt import find_template
@@ -213,9 +213,9 @@ class Pipeline:
         padded = [ids[:-1] + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in forced]
         known = [[True] * (len(ids) - 1) + [False] * (longest - len(ids)) for ids in forced]
         mask = torch.cat((batch.attention_mask, torch.tensor(known, dtype=torch.bool, device=device)), dim=1)
-        # Stretched rope depends on the length so far: only token by token is it what generating would see.
-        stretched = self.config.decoder.rope.dynamic_factor and mask.shape[1] > self.config.decoder.max_positions
-        for part in torch.tensor(padded, device=device).split(1 if stretched else max(1, longest - 1), dim=1):
+        # Only token by token is it then what generating would see.
+        stepwise = rope_depends_on_length(self.config.decoder, mask.shape[1])
+        for part in torch.tensor(padded, device=device).split(1 if stepwise else max(1, longest - 1), dim=1):
             embeddings = self.decoder.embed(part.long()).float()
             seen = mask[:, : cache.length + part.shape[1]]
             if part.numel():
@@ -262,7 +262,7 @@ class Pipeline:
     def text(self, generation: Generation) -> AnswerText:
         """How ids of an answer become text."""
         decode = partial(self.tokenizer.decode, skip_special=not self.config.family.shows_special_tokens)
-        return AnswerText(decode, (self._stop_token, *generation.stop))
+        return AnswerText(decode, (self._stop_token, *generation.stop), self.tokenizer.unsettled)
 
     def answer(self, batch: Batch, row: int, ids: list[int], generation: Generation) -> Answer:
         """The finished answer of one row."""
@@ -278,7 +278,7 @@ class Pipeline:
             answer_seconds=now - first,
         )
         history = (*map(tuple, batch.histories[row]), (encoded.question, words))
-        return Answer(words, tuple(ids), history, tuple(encoded.tiles_per_image), usage)
+        return Answer(words, tuple(ids), history, tuple(map(tuple, encoded.tile_map)), usage)
 
 
 class Stream:

@@ -14,7 +14,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "demo", "inspect"]
 
 
 @pytest.fixture
@@ -164,6 +164,18 @@ def test_check_passes_every_option_and_its_verdict_is_the_exit_code(stand_in, co
     assert bundle == "bundle"
     assert keywords == {"reference": "original", "max_drop": 2.5, "scenes": 9, "seed": 3}
     assert len(printed) == 1
+
+
+def test_prompt_and_tiles_are_called(stand_in):
+    shown = SimpleNamespace(text="the text", ids=[1, 2], tiles=[3])
+    prompt, tiles = stand_in("vlquant.show_prompt", "show_prompt", result=shown), stand_in("vlquant.tiles", "tiles", result="cut")
+    done = run("prompt", "What?", "-m", "model", "--image", "a.png", "--tokenizer", "slow")
+    assert done.stdout == "the text\n" and "2 tokens" in done.stderr
+    assert run("prompt", "What?", "-m", "model", "--ids").stdout == "1 2\n"
+    (request,), options = prompt[0]
+    assert (request.question, request.images, options) == ("What?", ("a.png",), {"model": "model", "tokenizer": "slow"})
+    assert run("tiles", "a.png", "--max-tiles", "6", "--draw", "b.png").stdout == "cut\n"
+    assert tiles == [(("a.png",), {"model": None, "max_tiles": 6, "draw": Path("b.png")})]
 
 
 def test_demo_and_inspect_are_called(stand_in):

@@ -21,6 +21,8 @@ VERBS = {
     "vlquant.controls",
     "vlquant.demo",
     "vlquant.inspect",
+    "vlquant.show_prompt",
+    "vlquant.tiles",
 }
 QUANTIZERS = {"vlquant.gptq", "vlquant.calibrate"}
 

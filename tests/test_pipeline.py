@@ -67,7 +67,8 @@ def encoded_of(pipe, turn, question, images):
     counts = turn["num_patches_list"] or [sum(map(len, tiles))]
     request = request_of(turn, question, images)
     prompt, ids = encode_prompt(request, question, counts, config=pipe.config, tokenizer=pipe.tokenizer)
-    return EncodedRequest(prompt, ids, [tile for each in tiles for tile in each], counts, question)
+    unmapped = [[(0.0, 0.0, 0.0, 0.0)] * count for count in counts]
+    return EncodedRequest(prompt, ids, [tile for each in tiles for tile in each], unmapped, question)
 
 
 def requests_of(pipe, turn):

@@ -58,6 +58,16 @@ def test_every_id_has_its_embedding_row(case):
     assert case.tokenizer.vocabulary_size <= case.config.decoder.vocab_size
 
 
+def test_a_run_of_bytes_is_not_settled(named_case):
+    qwen2, internlm2 = named_case("qwen2_hermes2"), named_case("internlm2_chat_ntk")
+    assert qwen2.tokenizer.unsettled(qwen2.tokenizer.encode("Hello")) == 0
+    fast = load_tokenizer(internlm2.folder, "fast")
+    first, last, broken = (fast.token_id(token) for token in ("<0x41>", "<0x42>", "<0xDD>"))
+    ids = [first, *fast.encode("Hello"), last, broken]
+    assert fast.unsettled(ids) == 2 and fast.unsettled(ids[:-2]) == 0 and fast.unsettled([]) == 0
+    assert internlm2.tokenizer.unsettled(ids) == 0
+
+
 def test_a_token_that_is_not_there(case):
     with pytest.raises(BrokenCheckpoint, match="<no such token>"):
         case.tokenizer.token_id("<no such token>")

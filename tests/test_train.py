@@ -109,7 +109,8 @@ def test_readouts_list_what_the_questions_are_about():
             assert all(each.answer in each.text for each in drills(sample)) and len(drills(sample)) >= 5
             continue
         everything = readout(sample)
-        assert drills(sample)[-1] == everything
+        if sample.kind in ("chart", "count", "yes_no", "choice", "locate", "video"):
+            assert drills(sample)[-1] == everything
         for question in sample.questions:
             if sample.kind in ("document", "receipt", "text", "several"):
                 assert question.answer in everything.answer.split()

@@ -82,15 +82,22 @@ def model_or_demo(named: str | None) -> str | Path:
 
 def bundle_or_demo(named: str | None) -> str | Path:
     """What was named, else the bundle here or directly below, else one made of the demo model; saying which."""
-    if named is not None:
-        return named
+    return named if named is not None else bundle_here() or demo_bundle()
+
+
+def bundle_or_demo_model(named: str | None) -> str | Path:
+    """As `bundle_or_demo`, for what needs no bundle: without one the demo model as it is."""
+    return named if named is not None else bundle_here() or model_or_demo(None)
+
+
+def bundle_here() -> Path | None:
+    """The bundle in the current folder or directly below, saying which."""
     from vlquant.bundle import find_bundle
 
     found = find_bundle()
     if found is not None:
         say(f"no bundle named: using {found.resolve().name}")
-        return found
-    return demo_bundle()
+    return found
 
 
 def demo_bundle() -> Path:
@@ -221,6 +228,48 @@ def chat_command(
     )  # fmt: skip
     request = Request(prompt or "", images=tuple(image or ()), video=video, **given(max_tiles=max_tiles, frames=frames))
     chat(request, model=model, device=device, vision=vision, generation=Generation(**generation), report=say)
+
+
+@app.command("prompt")
+def prompt_command(
+    question: Annotated[str, typer.Argument(metavar="QUESTION")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help=f"Whose prompt. {BUNDLE_DEFAULT}")
+    ] = None,
+    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A picture; may be repeated.")] = None,
+    video: Annotated[str | None, typer.Option(metavar="FILE", help="A video.")] = None,
+    frames: Annotated[int | None, typer.Option(help="Frames taken from it.")] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Tiles per picture; none: as the model says.")] = None,
+    system: Annotated[str | None, typer.Option(metavar="TEXT", help="Another system message.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(metavar="slow|fast", help="Which, where the two differ.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Print the token ids instead.")] = False,
+) -> None:
+    """Print the exact text the model gets, runs of picture tokens folded."""
+    model = bundle_or_demo_model(model)
+    from vlquant.request import Request
+    from vlquant.show_prompt import show_prompt
+
+    request = Request(
+        question, images=tuple(image or ()), video=video, **given(max_tiles=max_tiles, frames=frames, system_message=system)
+    )
+    shown = show_prompt(request, model=model, tokenizer=tokenizer)
+    typer.echo(" ".join(map(str, shown.ids)) if ids else shown.text)
+    say(f"{len(shown.ids)} tokens, tiles per picture: {', '.join(map(str, shown.tiles)) or 'none'}")
+
+
+@app.command("tiles")
+def tiles_command(
+    image: Annotated[str, typer.Argument(metavar="IMAGE")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help="Who cuts. Default: 448 pixels, at most 12 tiles.")
+    ] = None,
+    max_tiles: Annotated[int | None, typer.Option(help="Most tiles, the thumbnail not counted.")] = None,
+    draw: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture with the grid drawn on it.")] = None,
+) -> None:
+    """Show how a picture is cut into tiles, and how many tokens it costs."""
+    from vlquant.tiles import tiles
+
+    typer.echo(tiles(image, model=model, max_tiles=max_tiles, draw=draw))
 
 
 @app.command("demo")

@@ -115,6 +115,12 @@ def long_rope_scale(long: LongRope, max_positions: int) -> float:
     return math.sqrt(1 + math.log(stretch) / math.log(long.short_reach)) if stretch > 1 else 1.0
 
 
+def rope_depends_on_length(config: DecoderConfig, length: int) -> bool:
+    """Whether positions of a sequence of `length` are rotated otherwise than in a shorter one."""
+    dynamic, long = config.rope.dynamic_factor, config.rope.long
+    return bool(dynamic and length > config.max_positions or long and length > long.short_reach)
+
+
 def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Apply rope to `x` [batch, heads, length, head_dim], pairing feature i with i + head_dim / 2."""
     cosines, sines = rotary

@@ -21,7 +21,7 @@ from vlquant.prompt import (
     frame_placeholders,
     picture_placeholders,
 )
-from vlquant.tiling import cut_tiles, normalize
+from vlquant.tiling import Box, choose_grid, cut_tiles, normalize, tile_boxes
 from vlquant.tokenizer import Tokenizer
 
 Picture = str | os.PathLike | bytes | Image.Image
@@ -56,9 +56,14 @@ class EncodedRequest:
     ids: list[int]
     tiles: list[Image.Image]
     """Tiles of all pictures, in order."""
-    tiles_per_image: list[int]
+    tile_map: list[list[Box]]
+    """For each picture, what each of its tiles shows: (left, top, right, bottom) in pixels of the picture."""
     question: str
     """The question as it enters the history, placeholders included."""
+
+    @property
+    def tiles_per_image(self) -> list[int]:
+        return [len(boxes) for boxes in self.tile_map]
 
     def pixel_values(self) -> Tensor | None:
         """Pixels float32 [tiles, 3, side, side], None without pictures."""
@@ -79,19 +84,14 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
         raise InvalidRequest(f"max_tiles is {max_tiles}, but a picture needs at least one tile; give 1 or more")
     limits = [(picture, chat.min_tiles, max_tiles) for picture in pictures]
     limits += [(frame, 1, 1) for frame in frames]
-    tiles_of_each = [
-        cut_tiles(image, min_tiles=low, max_tiles=high, image_size=chat.image_size, use_thumbnail=chat.use_thumbnail)
-        for image, low, high in limits
-    ]
+    tiles, tile_map = [], []
+    for image, low, high in limits:
+        size = {"min_tiles": low, "max_tiles": high, "image_size": chat.image_size}
+        tiles += cut_tiles(image, use_thumbnail=chat.use_thumbnail, **size)
+        tile_map.append(tile_boxes(image.size, choose_grid(*image.size, **size), use_thumbnail=chat.use_thumbnail))
     question = place_images(request, len(pictures), len(frames))
-    encoded = encode_prompt(request, question, [len(tiles) for tiles in tiles_of_each], config=config, tokenizer=tokenizer)
-    return EncodedRequest(
-        prompt=encoded[0],
-        ids=encoded[1],
-        tiles=[tile for tiles in tiles_of_each for tile in tiles],
-        tiles_per_image=[len(tiles) for tiles in tiles_of_each],
-        question=question,
-    )
+    prompt, ids = encode_prompt(request, question, list(map(len, tile_map)), config=config, tokenizer=tokenizer)
+    return EncodedRequest(prompt, ids, tiles, tile_map, question)
 
 
 def place_images(request: Request, pictures: int, frames: int) -> str:

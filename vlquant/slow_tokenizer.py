@@ -125,6 +125,10 @@ class SentencePieceTokenizer:
         # The original cleans up here whatever clean_up_tokenization_spaces says.
         return clean_up(text + self._pieces.decode(pieces))
 
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """None: sentencepiece reads each byte or character by itself."""
+        return 0
+
     def token_id(self, token: str) -> int:
         """Id of one token. Raises BrokenCheckpoint if there is none."""
         if token in self._added:

@@ -1,9 +1,11 @@
 """Text to token ids and back, exactly as the original tokenizers. Knows no prompts and no models."""
 
 import json
+import re
 import shutil
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Protocol
 
@@ -28,6 +30,7 @@ from vlquant.special_tokens import (
 
 BYTE_LEVEL_FILES = ("vocab.json", "merges.txt")
 FAST_FILE = "tokenizer.json"
+BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "PreTrainedTokenizerFast")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAVOURS = ("slow", "fast")
@@ -48,6 +51,9 @@ class Tokenizer(Protocol):
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`."""
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """How many of the last `ids` may come to stand for another text once more follow."""
 
     def token_id(self, token: str) -> int:
         """Id of one token. Raises BrokenCheckpoint if there is none."""
@@ -72,6 +78,11 @@ class FastTokenizer:
         """Text of `ids`."""
         text = self._backend.decode([int(index) for index in ids], skip_special_tokens=skip_special)
         return clean_up(text) if self._clean_up else text
+
+    def unsettled(self, ids: Sequence[int]) -> int:
+        """Length of the run of byte tokens at the end: a single wrong byte makes all of it unreadable."""
+        tokens = (self._backend.id_to_token(int(index)) or "" for index in reversed(ids))
+        return sum(1 for _ in takewhile(BYTE_TOKEN.fullmatch, tokens))
 
     def token_id(self, token: str) -> int:
         """Id of one token. Raises BrokenCheckpoint if there is none."""
