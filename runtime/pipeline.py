@@ -108,7 +108,7 @@ class Pipeline:
         """Longest conversation in tokens. The original knows no limit and answers badly beyond it."""
         self._tile_features = features
         self._stop_token = find_template(model.config.chat.template).stop_token
-        self._stop_id = tokenizer.token_id(self._stop_token)
+        self.stop_id = tokenizer.token_id(self._stop_token)
         self._image_id = tokenizer.token_id(model.config.chat.image_token)
 
     def ask(
@@ -136,7 +136,7 @@ class Pipeline:
         generation: Generation = Generation(),
     ) -> "Stream":
         """Like `ask`, yielding the text in pieces as it is generated; the whole is in the stream's `answer` afterwards."""
-        return Stream(self, self._start([_request(question, images, video, history)]), generation)
+        return Stream(self, self.prepare([_request(question, images, video, history)]), generation)
 
     def batch(
         self,
@@ -151,7 +151,7 @@ class Pipeline:
         """
         if not requests:
             return []
-        batch = self._start(requests, features)
+        batch = self.prepare(requests, features)
         decoding = self.decoding(batch, generation)
         for _ in decoding:
             batch.first_token = batch.first_token or time.perf_counter()
@@ -199,7 +199,7 @@ class Pipeline:
 
         answers: ids as in `Answer.ids`, or texts, to which the stop token is added.
         """
-        batch = self._start(requests, features)
+        batch = self.prepare(requests, features)
         forced = [
             encode_answer(answer, each.prompt, each.ids, config=self.config, tokenizer=self.tokenizer)
             if isinstance(answer, str)
@@ -224,7 +224,7 @@ class Pipeline:
         return [row[: len(ids)] for row, ids in zip(together, forced, strict=True)]
 
     @torch.inference_mode()
-    def _start(
+    def prepare(
         self, requests: Sequence[Request | EncodedRequest], features: Sequence[Features] | None = None
     ) -> Batch:
         """Embed the prompts, left padded, with features in the places of context tokens."""
@@ -256,7 +256,7 @@ class Pipeline:
         room = self.position_limit - batch.attention_mask.shape[1]
         within = replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, room)))
         reached = self.text(generation).stopped if generation.stop else Ending.reached
-        ending = Ending(self._stop_id, self.tokenizer.pad_id, reached)
+        ending = Ending(self.stop_id, self.tokenizer.pad_id, reached)
         return Decoding(self.decoder, batch.embeddings, batch.attention_mask, generation=within, ending=ending)
 
     def text(self, generation: Generation) -> AnswerText:
@@ -267,7 +267,7 @@ class Pipeline:
     def answer(self, batch: Batch, row: int, ids: list[int], generation: Generation) -> Answer:
         """The finished answer of one row."""
         now, encoded, text = time.perf_counter(), batch.encoded[row], self.text(generation)
-        stopped = ids[-1:] == [self._stop_id] or text.stopped(ids)
+        stopped = ids[-1:] == [self.stop_id] or text.stopped(ids)
         first, words = batch.first_token or now, text.whole(ids)
         usage = Usage(
             prompt_tokens=len(encoded.ids),

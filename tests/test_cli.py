@@ -14,7 +14,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "demo", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "trace", "demo", "inspect"]
 
 
 @pytest.fixture
@@ -176,6 +176,16 @@ def test_prompt_and_tiles_are_called(stand_in):
     assert (request.question, request.images, options) == ("What?", ("a.png",), {"model": "model", "tokenizer": "slow"})
     assert run("tiles", "a.png", "--max-tiles", "6", "--draw", "b.png").stdout == "cut\n"
     assert tiles == [(("a.png",), {"model": None, "max_tiles": 6, "draw": Path("b.png")})]
+
+
+def test_trace_records_or_compares(stand_in):
+    traced, compared = stand_in("vlquant.trace", "trace", result="file"), stand_in("vlquant.trace_difference", "first_difference", "here")
+    assert run("trace", "model", "--request", "r.json", "-o", "t.safetensors").stdout == "file\n"
+    (positional, options) = traced[0]
+    assert positional == ("model", Path("r.json"), Path("t.safetensors")) and options["vision"] == "torch"
+    done = run("trace", "--compare", "a", "b")
+    assert (done.stdout, done.exit_code, compared) == ("here\n", 3, [(("a", "b"), {})])
+    assert run("trace", "model").exit_code == run("trace", "--compare", "a").exit_code == 2
 
 
 def test_demo_and_inspect_are_called(stand_in):

@@ -23,6 +23,7 @@ VERBS = {
     "vlquant.inspect",
     "vlquant.show_prompt",
     "vlquant.tiles",
+    "vlquant.trace",
 }
 QUANTIZERS = {"vlquant.gptq", "vlquant.calibrate"}
 

@@ -15,6 +15,8 @@ from vlquant.recipe import Recipe
 
 USER_ERROR = 2
 """Exit code of everything the user can put right, as of typer's own usage errors."""
+DIFFERENT = 3
+"""Exit code of a comparison that found a difference, as of a failed check."""
 
 
 class Commands(TyperGroup):
@@ -270,6 +272,30 @@ def tiles_command(
     from vlquant.tiles import tiles
 
     typer.echo(tiles(image, model=model, max_tiles=max_tiles, draw=draw))
+
+
+@app.command("trace")
+def trace_command(
+    what: Annotated[list[str], typer.Argument(metavar="MODEL | A B", help="Who answers; with --compare two traces.")],
+    request: Annotated[Path | None, typer.Option(metavar="FILE", help="request.json: the calls to run.")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("trace.safetensors"),
+    vision: Annotated[str, typer.Option(metavar="torch|onnx", help="Vision tower.")] = "torch",
+    compare: Annotated[bool, typer.Option("--compare", help="Name the first difference of two traces: exit code 3.")] = False,
+) -> None:
+    """Record every intermediate of chat() and batch_chat() calls, or compare two recordings."""
+    if len(what) != (2 if compare else 1) or compare == (request is not None):
+        raise typer.BadParameter("give MODEL --request FILE to record, or --compare A B")
+    if compare:
+        from vlquant.trace_difference import first_difference
+
+        difference = first_difference(*what)
+        typer.echo(difference or "no difference")
+        raise typer.Exit(DIFFERENT if difference else 0)
+    from vlquant.progress import drawn_progress
+    from vlquant.trace import trace
+
+    with drawn_progress() as report:
+        typer.echo(trace(what[0], request, output, vision=vision, report=report))
 
 
 @app.command("demo")
