@@ -52,8 +52,9 @@ CONTINUED_PHASES = (Phase("see", 0.07, WEAK_AND_ALL), Phase("answer", 1.0, WEAK_
 """From a trained model: its cell head is new, everything else has been learned before."""
 DECAY_SHARE = 0.4
 """Part of the time, at the end, in which the learning rate falls to zero."""
-CELL_LOSS_WEIGHT = 0.15
+CELL_LOSS_WEIGHT = 0.05
 EMPTY_CELL_WEIGHT = 0.3
+"""Of cells without a name, beside those with one."""
 ROWS = 16
 """Scenes of a process's batch."""
 POOL = 8
@@ -195,13 +196,13 @@ def cell_label_loss(student: Student, features: Tensor | None, cells: Tensor) ->
         return torch.zeros(())
     with torch.autocast("cpu", dtype=torch.bfloat16):
         parts = student.cell_logits(features).float().split(list(CELL_CLASSES.values()), dim=-1)
-    # Most cells are empty; they count less, so that the drawn ones lead.
-    weight = torch.where(cells.amax(-1) > 0, 1.0, EMPTY_CELL_WEIGHT)
-    losses = [
-        F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten(), reduction="none")
-        for index, part in enumerate(parts)
-    ]
-    return (sum(losses) * weight.flatten()).sum() / weight.sum()
+    losses = []
+    for index, part in enumerate(parts):
+        loss = F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten(), reduction="none")
+        named = cells[..., index].flatten() > 0
+        # Each name by itself: bars and boxes are rare, and would drown in cells of text and in empty ones.
+        losses += [loss[named].mean()] * bool(named.any()) + [EMPTY_CELL_WEIGHT * loss[~named].mean()]
+    return sum(losses)
 
 
 def answer_logits(student: Student, batch: Batch, features: Tensor | None) -> Tensor:

@@ -14,7 +14,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "trace", "demo", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "trace", "synthesize", "demo", "inspect"]
 
 
 @pytest.fixture

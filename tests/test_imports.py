@@ -22,6 +22,7 @@ VERBS = {
     "vlquant.demo",
     "vlquant.inspect",
     "vlquant.show_prompt",
+    "vlquant.synthesize",
     "vlquant.tiles",
     "vlquant.trace",
 }

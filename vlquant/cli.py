@@ -298,6 +298,22 @@ def trace_command(
         typer.echo(trace(what[0], request, output, vision=vision, report=report))
 
 
+@app.command("synthesize")
+def synthesize_command(
+    name: Annotated[str, typer.Argument(metavar="NAME", help="A published model, such as InternVL2_5-1B.")],
+    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write.")],
+    layers: Annotated[int | None, typer.Option(help="Layers of the language model. Default: all.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(help="Layers of the vision tower. Default: all.")] = None,
+    seed: Annotated[int, typer.Option(help="Other random weights.")] = 0,
+) -> None:
+    """Write random weights in a published model's true shape, to measure speed and memory with."""
+    from vlquant.progress import drawn_progress
+    from vlquant.synthesize import synthesize
+
+    with drawn_progress() as report:
+        typer.echo(synthesize(name, output, layers=layers, vision_layers=vision_layers, seed=seed, report=report))
+
+
 @app.command("demo")
 def demo_command(
     folder: Annotated[str | None, typer.Argument(metavar="FOLDER", help="Where to work. Default: a temporary folder.")] = None,

@@ -163,41 +163,6 @@ VISION_FUSIONS = (
     ),
 )
 
-KNOWN_MODELS = (
-    "Mini-InternVL-Chat-2B-V1-5",
-    "Mini-InternVL-Chat-4B-V1-5",
-    "InternVL-Chat-V1-5",
-    "InternVL2-1B",
-    "InternVL2-2B",
-    "InternVL2-4B",
-    "InternVL2-8B",
-    "InternVL2-26B",
-    "InternVL2-40B",
-    "InternVL2-Llama3-76B",
-    "InternVL2_5-1B",
-    "InternVL2_5-2B",
-    "InternVL2_5-4B",
-    "InternVL2_5-8B",
-    "InternVL2_5-26B",
-    "InternVL2_5-38B",
-    "InternVL2_5-78B",
-    "InternVL3-1B",
-    "InternVL3-2B",
-    "InternVL3-8B",
-    "InternVL3-9B",
-    "InternVL3-14B",
-    "InternVL3-38B",
-    "InternVL3-78B",
-    "InternVL3_5-1B",
-    "InternVL3_5-2B",
-    "InternVL3_5-4B",
-    "InternVL3_5-8B",
-    "InternVL3_5-14B",
-    "InternVL3_5-38B",
-)
-"""Published models of the supported families; names for error messages, never a source of numbers."""
-
-
 def split_layer(name: str) -> tuple[str, str | None]:
     """A tensor name with its layer index cut out: "a.7.b" -> ("a.{}.b", "7"); no index -> (name, None)."""
     match = re.search(r"\.(?:layers|layer)\.(\d+)\.", name)

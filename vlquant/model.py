@@ -14,7 +14,6 @@ from vlquant.config import ModelConfig, read_config
 from vlquant.decoder import LINEARS, Decoder, FloatLinear, float_layer
 from vlquant.errors import BrokenCheckpoint, MissingDependency, UnsupportedCheckpoint
 from vlquant.family import (
-    KNOWN_MODELS,
     LANGUAGE_MODEL,
     Fusion,
     fusion_groups,
@@ -26,6 +25,7 @@ from vlquant.family import (
 )
 from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.lora import merge_adapters
+from vlquant.members import KNOWN_MODELS
 
 HUB_OWNER = "OpenGVLab"
 HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")

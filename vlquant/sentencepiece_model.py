@@ -51,6 +51,34 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
         raise BrokenCheckpoint(f"{path} is not a sentencepiece model ({error}); download it again") from None
 
 
+def serialize(model: SentencePieceModel) -> bytes:
+    """The `.model` file of a model; what is not in SentencePieceModel has sentencepiece's defaults, bytes as fall-back."""
+    pieces = b"".join(
+        _message(1, _message(1, piece.text.encode()) + b"\x15" + struct.pack("<f", piece.score) + _number(3, piece.kind))
+        for piece in model.pieces
+    )
+    trainer = _number(3, model.model_type) + _number(4, len(model.pieces)) + _number(35, True)
+    normalizer = _message(1, b"identity") + _message(2, model.character_map)
+    normalizer += _number(3, model.add_dummy_prefix) + _number(4, model.remove_extra_whitespaces)
+    return pieces + _message(2, trainer) + _message(3, normalizer)
+
+
+def _message(number: int, value: bytes) -> bytes:
+    return _written_varint(number << 3 | 2) + _written_varint(len(value)) + value
+
+
+def _number(number: int, value: int) -> bytes:
+    return _written_varint(number << 3) + _written_varint(int(value))
+
+
+def _written_varint(value: int) -> bytes:
+    written = b""
+    while value >= 0x80:
+        written += bytes([value & 0x7F | 0x80])
+        value >>= 7
+    return written + bytes([value])
+
+
 def _piece(message: bytes) -> Piece:
     fields = dict(_fields(message))
     score = struct.unpack("<f", fields[2])[0] if 2 in fields else 0.0
