@@ -42,7 +42,9 @@ def drills(sample: Sample) -> tuple[Question, ...]:
     first = sample.pictures[0]
     short: list[Question] = []
     if first.bars:
-        short = [Question(ask_value(name), str(value), sample.kind) for name, value in name_bars(first)]
+        short = drill_bars(name_bars(first))
+    elif sample.kind in ("document", "receipt"):
+        short = [find_line(question) for question in sample.questions]
     elif sample.video:
         short = drill_frames([picture.figures[0] for picture in sample.pictures])
     elif first.figures and sample.kind != "locate":
@@ -74,7 +76,8 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
     shapes, colors = Counter(each.shape for each in figures), Counter(each.color for each in figures)
     counts = [(ask_count_of_shape(shape), number) for shape, number in shapes.items()]
     counts += [(ask_count_of_color(color), number) for color, number in colors.items()]
-    questions = [Question(asked, str(number), "count") for asked, number in counts if number <= 9]
+    # One of a kind is most frequent by far, and says nothing that presence does not.
+    questions = [Question(asked, str(number), "count") for asked, number in counts if 2 <= number <= 9]
     present = {(each.shape, each.color) for each in figures}
     absent = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in present]
     for pair in [*sorted(present)[:3], *chance.sample(absent, 3)]:
@@ -86,6 +89,18 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
         questions.append(choose_color(chance, ask_color(each.shape), each.color))
         questions.append(choose_color(chance, ask_letter(each.color), each.color))
     return questions
+
+
+def drill_bars(bars: list[tuple[str, int]]) -> list[Question]:
+    """Values by letter and letters by value."""
+    named = [Question(ask_value(name), str(value), "chart") for name, value in bars]
+    return named + [Question(f"Which bar has the value {value}?", name, "chart") for name, value in bars]
+
+
+def find_line(question: Question) -> Question:
+    """The other way round: which label stands before a value."""
+    label = question.text.removesuffix("?").split()[-1]
+    return Question(f"Which line says {question.answer}?", label, question.kind)
 
 
 def drill_frames(figures: list[Figure]) -> list[Question]:

@@ -21,6 +21,8 @@ from vlquant.model import open_model
 from vlquant.vision import vision_features
 
 GRADIENT_LIMIT = 1.0
+MOMENTUM = 0.98
+"""Batches are small and noisy, and Muon's steps have the same size whatever the noise: average over many of them."""
 MATRIX_TO_VECTOR_RATE = 0.4
 """AdamW's learning rate as a part of Muon's."""
 
@@ -35,8 +37,8 @@ class Student:
         matrices = {name: each for name, each in weights.items() if is_hidden_matrix(name, each)}
         vectors = {name: each for name, each in weights.items() if name not in matrices} | {"cell_head": cell_head}
         self.optimizers = {
-            "matrices": torch.optim.Muon(matrices.values(), lr=0.0, momentum=0.95, weight_decay=0.01),
-            "vectors": torch.optim.AdamW(vectors.values(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.0),
+            "matrices": torch.optim.Muon(matrices.values(), lr=0.0, momentum=MOMENTUM, weight_decay=0.01),
+            "vectors": torch.optim.AdamW(vectors.values(), lr=0.0, betas=(0.95, 0.99), weight_decay=0.0),
         }
 
     def features(self, pixel_values: Tensor) -> Tensor:
