@@ -28,8 +28,8 @@ from vlquant.metrics import read_box
 
 MOST_DRILLS = 8
 """Questions drilled about one scene, besides its readout."""
-TEXT_READOUTS = 1 / 3
-"""Share of the scenes of text that are read out: reading is learned soon, and its readouts are the longest."""
+READOUTS = 1 / 3
+"""Share of scenes that are read out: reading is learned soon, and readouts are long. Bars, boxes and frames always are."""
 
 
 def drills(sample: Sample) -> tuple[Question, ...]:
@@ -50,7 +50,8 @@ def drills(sample: Sample) -> tuple[Question, ...]:
     elif first.figures and sample.kind != "locate":
         short = drill_figures(first.figures, chance)
     fresh = [each for each in short if each.text not in {asked.text for asked in sample.questions}]
-    long = [] if first.glyphs and not first.bars and chance.random() > TEXT_READOUTS else [readout(sample)]
+    always = sample.kind in ("chart", "locate", "video")
+    long = [readout(sample)] if always or chance.random() < READOUTS else []
     return (*chance.sample(fresh, min(MOST_DRILLS, len(fresh))), *long)
 
 

@@ -109,7 +109,7 @@ def test_readouts_list_what_the_questions_are_about():
             assert all(each.answer in each.text for each in drills(sample)) and len(drills(sample)) >= 5
             continue
         everything = readout(sample)
-        if sample.kind in ("chart", "count", "yes_no", "choice", "locate", "video"):
+        if sample.kind in ("chart", "locate", "video"):
             assert drills(sample)[-1] == everything
         for question in sample.questions:
             if sample.kind in ("document", "receipt", "text", "several"):
@@ -141,8 +141,8 @@ def test_drills_are_right_and_not_asked_already():
     """Counts, colours and presence, worked out again from what the readout lists."""
     for index in (4, 5, 6, 15, 16, 17):
         sample = draw_sample("train", index)
-        *short, everything = drills(sample)
-        names = everything.answer.split(", ")
+        short = [each for each in drills(sample) if each.text != "What is there?"]
+        names = readout(sample).answer.split(", ")
         assert not {each.text for each in short} & {each.text for each in sample.questions}
         for drill in short:
             first, *words = drill.text.splitlines()[0].removesuffix("?").split()
