@@ -15,6 +15,7 @@ from vlquant.layout import tensor_shapes
 from vlquant.model import float_decoder, open_model
 from vlquant.recipe import Recipe
 from vlquant.runtime import Generation, load
+from vlquant.tiling import cut_tiles, normalize
 from vlquant.tokenizer import write_fast_tokenizer
 
 QWEN2, INTERNLM2 = "qwen2_internvl2_5_vit6b", "internlm2_internvl2_5"
@@ -93,3 +94,19 @@ def test_what_transformers_saves_is_read(named_case, tmp_path):
     with torch.inference_mode():
         expected = theirs(input_ids=ids).logits
         assert torch.allclose(ours(ours.embed(ids), all_positions=True), expected, atol=1e-4)
+
+
+@torch.inference_mode()
+def test_transformers_gives_the_recorded_logits_from_our_files(case, tmp_path):
+    """A float copy of a bundle, opened by transformers' own class without remote code: every family, a picture in the prompt."""
+    transformers = pytest.importorskip("transformers", reason="opens what we write")
+    folder = convert(case, tmp_path, "as in memory")
+    theirs = transformers.InternVLForConditionalGeneration.from_pretrained(folder, trust_remote_code=False, dtype=torch.float32).eval()
+    turn = next(each for each in case.conversations if each["key"] == "single_tile/turn1")
+    (image,) = turn["images"]
+    chat = case.config.chat
+    tiles = cut_tiles(case.image(image["file"]), max_tiles=image["max_num"], image_size=chat.image_size, use_thumbnail=True)
+    ids = case.tensors[turn["key"] + "/input_ids"].long()
+    logits = theirs(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=normalize(tiles)).logits
+    recorded = case.tensors[turn["key"] + "/prefill_logits"]
+    assert (logits[:, turn["logit_positions"]] - recorded).abs().max() <= 1e-4
