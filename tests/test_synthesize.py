@@ -4,12 +4,15 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from vlquant import members
 from vlquant.config import parse_config
 from vlquant.errors import InvalidRequest, OutputRefused
 from vlquant.members import KNOWN_MODELS, MEMBERS, member_config
 from vlquant.model import open_model
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
 from vlquant.runtime import Generation, load
 from vlquant.sentencepiece_model import read_sentencepiece_model, serialize
 from vlquant.synthesize import random_tensor, stored_shapes, synthesize
@@ -25,8 +28,8 @@ def narrow(name):
     tower = replace(member.tower, hidden_size=32, layers=1, heads=2, intermediate_size=64)
     more = {key: value for key, value in member.more.items() if key != "head_dim"}
     if "rope_scaling" in more and "short_factor" in more["rope_scaling"]:
-        more["rope_scaling"] = more["rope_scaling"] | {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    shape = {"hidden_size": 32, "layers": 2, "heads": 4, "key_value_heads": 2, "intermediate_size": 64}
+        more["rope_scaling"] = more["rope_scaling"] | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+    shape = {"hidden_size": 64, "layers": 2, "heads": 4, "key_value_heads": 2, "intermediate_size": 64}
     return replace(member, tower=tower, more=more, **shape)
 
 
@@ -44,6 +47,20 @@ def test_every_family_is_written_and_answers(name, tmp_path, monkeypatch):
     assert ids.count(tokenizer.token_id("<IMG_CONTEXT>")) == 1
     answer = load(folder, vision="torch").ask("Hello", generation=Generation(max_new_tokens=3))
     assert 1 <= len(answer.ids) <= 3
+
+
+@pytest.mark.parametrize("name", ["InternVL2-4B", "InternVL3_5-1B", "InternVL2-40B"])
+def test_families_without_goldens_here_are_quantized_too(name, tmp_path, monkeypatch):
+    """Fused, head-normed and tied ones: the bundle answers about a picture and spells as its source does."""
+    monkeypatch.setitem(members.MEMBERS, name, narrow(name))
+    source = synthesize(name, tmp_path / "model")
+    bundle = quantize(source, recipe=Recipe(group_size=32, samples=2), output=tmp_path / "bundle")
+    pipe, tokenizer = load(bundle, vision="torch", max_tiles=1), load_tokenizer(source)
+    text = "Hello <|im_end|>  world"
+    assert pipe.tokenizer.encode(text) == tokenizer.encode(text) and type(pipe.tokenizer) is type(tokenizer)
+    assert pipe.config.decoder == open_model(source).config.decoder
+    answer = pipe.ask("What is it?", [Image.new("RGB", (60, 60), "red")], generation=Generation(max_new_tokens=2))
+    assert answer.tiles == (1,) and 1 <= len(answer.ids) <= 2
 
 
 def test_every_member_has_a_shape_and_a_tokenizer():

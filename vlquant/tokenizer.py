@@ -34,8 +34,8 @@ BYTE_TOKEN = re.compile("<0x[0-9A-F]{2}>")
 INTERNLM2_CLASSES = ("InternLM2Tokenizer", "InternLM2TokenizerFast", "PreTrainedTokenizerFast")
 LLAMA_CLASSES = ("LlamaTokenizer", "LlamaTokenizerFast")
 FLAVOURS = ("slow", "fast")
-SOURCE_CLASS = "source_tokenizer_class"
-"""Our entry in a bundle's tokenizer_config.json, whose tokenizer_class is for other readers."""
+SOURCE_CLASS, SOURCE_FLAVOUR = "source_tokenizer_class", "source_tokenizer_flavour"
+"""Our entries in a bundle's tokenizer_config.json, whose tokenizer_class and tokenizer.json are for other readers."""
 
 
 class Tokenizer(Protocol):
@@ -113,7 +113,9 @@ def load_tokenizer(folder: str | Path, flavour: str | None = None) -> Tokenizer:
 
 
 def _prefers_json(files: TokenizerFiles) -> bool:
-    return _source_class(files) in LLAMA_CLASSES and (files.folder / FAST_FILE).exists()
+    """Whether the default is the fast flavour from tokenizer.json; a bundle has one even if its source had none."""
+    has_json = _source_class(files) in LLAMA_CLASSES and (files.folder / FAST_FILE).exists()
+    return has_json and files.settings.get(SOURCE_FLAVOUR) != "slow"
 
 
 def _fast_backend(files: TokenizerFiles, *, like_slow: bool) -> tokenizers.Tokenizer:
@@ -162,8 +164,10 @@ def _fast_settings(files: TokenizerFiles) -> dict:
     }
     clean_up_default = not (files.folder / BYTE_LEVEL_FILES[0]).exists()
     settings.setdefault("clean_up_tokenization_spaces", clean_up_default)
-    classes = {"tokenizer_class": "PreTrainedTokenizerFast", SOURCE_CLASS: _source_class(files)}
-    return settings | classes | dict(files.roles)
+    source = {SOURCE_CLASS: _source_class(files)}
+    if (files.folder / SENTENCEPIECE_FILE).exists():
+        source[SOURCE_FLAVOUR] = "fast" if _prefers_json(files) else "slow"
+    return settings | {"tokenizer_class": "PreTrainedTokenizerFast"} | source | dict(files.roles)
 
 
 def _read_fast(files: TokenizerFiles) -> tokenizers.Tokenizer:
