@@ -28,6 +28,8 @@ from vlquant.metrics import read_box
 
 MOST_DRILLS = 8
 """Questions drilled about one scene, besides its readout."""
+COUNT_SHARES = {1: 0.0, 2: 0.05, 3: 0.15, 4: 0.3}
+"""Of the small numbers, those that are drilled."""
 READOUTS = 1 / 3
 """Share of scenes that are read out: reading is learned soon, and readouts are long. Bars, boxes and frames always are."""
 
@@ -77,8 +79,9 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
     shapes, colors = Counter(each.shape for each in figures), Counter(each.color for each in figures)
     counts = [(ask_count_of_shape(shape), number) for shape, number in shapes.items()]
     counts += [(ask_count_of_color(color), number) for color, number in colors.items()]
-    # One of a kind is most frequent by far, and says nothing that presence does not.
-    questions = [Question(asked, str(number), "count") for asked, number in counts if 2 <= number <= 9]
+    # Small numbers are the most frequent by far: all nine shall be, or guessing two would pay.
+    kept = [(asked, number) for asked, number in counts if number <= 9 and chance.random() < COUNT_SHARES.get(number, 1.0)]
+    questions = [Question(asked, str(number), "count") for asked, number in kept]
     present = {(each.shape, each.color) for each in figures}
     absent = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in present]
     for pair in [*sorted(present)[:3], *chance.sample(absent, 3)]:
