@@ -84,15 +84,13 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
     questions = [Question(asked, str(number), "count") for asked, number in kept]
     present = {(each.shape, each.color) for each in figures}
     absent = [(shape, color) for shape in SHAPES for color in COLORS if (shape, color) not in present]
-    for pair in [*sorted(present)[:3], *chance.sample(absent, 3)]:
+    for pair in (chance.choice(sorted(present)), chance.choice(absent)):
         questions.append(Question(ask_presence(*pair), "yes" if pair in present else "no", "yes_no"))
     alone = [each for each in figures if shapes[each.shape] == 1]
-    for each in alone:
+    for each in alone[:1]:
         questions.append(Question(ask_color(each.shape), each.color, "choice"))
-    for each in alone[:2]:
-        questions.append(choose_color(chance, ask_color(each.shape), each.color))
         questions.append(choose_color(chance, ask_letter(each.color), each.color))
-    return questions
+    return questions + [choose_color(chance, ask_color(each.shape), each.color) for each in alone]
 
 
 def drill_bars(bars: list[tuple[str, int]]) -> list[Question]:

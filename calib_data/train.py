@@ -41,7 +41,7 @@ class Phase:
 
 
 WEAK_AND_ALL = (
-    *KINDS, "count", "choice", "chart", "document", "locate", "count", "choice", "receipt", "video", "count", "chart", "locate"
+    *KINDS, "count", "choice", "chart", "locate", "count", "choice", "chart", "locate", "receipt", "video", "chart", "text_only"
 )  # fmt: skip
 """What is slow to learn comes more often."""
 PHASES = (
