@@ -282,7 +282,11 @@ def trace_command(
     vision: Annotated[str, typer.Option(metavar="torch|onnx", help="Vision tower.")] = "torch",
     compare: Annotated[bool, typer.Option("--compare", help="Name the first difference of two traces: exit code 3.")] = False,
 ) -> None:
-    """Record every intermediate of chat() and batch_chat() calls, or compare two recordings."""
+    """Record every intermediate of chat() and batch_chat() calls, or compare two recordings.
+
+    A request is {"calls": [{"key": "a", "call": "chat", "question": "What?", "images": [{"file": "x.png", "max_num": 6}]}]};
+    further entries: history, num_patches_list, max_new_tokens, system_message; batch_chat has questions instead.
+    """
     if len(what) != (2 if compare else 1) or compare == (request is not None):
         raise typer.BadParameter("give MODEL --request FILE to record, or --compare A B")
     if compare:
