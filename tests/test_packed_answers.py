@@ -7,7 +7,6 @@ import torch
 
 from vlquant.bnb import dequantize_int8, dequantize_nf4
 from vlquant.decoder import LINEARS, FloatLinear
-from vlquant.errors import InvalidRequest
 from vlquant.export.vision import export_vision
 from vlquant.model import float_decoder, open_model
 from vlquant.packing import dequantize_gptq
@@ -63,11 +62,6 @@ def test_packed_decoders_equal_expanded_ones(bundle):
     pipe.decoder = expanded_decoder(folder, source, recipe)
     (wanted,) = pipe.answer_logits([QUESTION], [answer.ids])
     torch.testing.assert_close(packed, wanted, atol=2e-4, rtol=0)
-
-
-def test_without_an_exported_tower_the_command_is_named(bundle):
-    with pytest.raises(InvalidRequest, match=f"vlquant export-vision {bundle[0]}"):
-        load(bundle[0])
 
 
 def test_both_vision_towers_give_one_answer(tmp_path):
