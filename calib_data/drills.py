@@ -94,9 +94,13 @@ def drill_figures(figures: list[Figure], chance: random.Random) -> list[Question
 
 
 def drill_bars(bars: list[tuple[str, int]]) -> list[Question]:
-    """Values by letter and letters by value."""
-    named = [Question(ask_value(name), str(value), "chart") for name, value in bars]
-    return named + [Question(f"Which bar has the value {value}?", name, "chart") for name, value in bars]
+    """Values by letter, letters by value, and both at once: saying the letter first is half way to looking it up."""
+    drilled = []
+    for name, value in bars:
+        drilled.append(Question(ask_value(name), str(value), "chart"))
+        drilled.append(Question(f"Which bar has the value {value}?", name, "chart"))
+        drilled.append(Question(f"Read bar {name}.", f"{name} {value}", "chart"))
+    return drilled
 
 
 def find_line(question: Question) -> Question:
