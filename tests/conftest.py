@@ -55,6 +55,13 @@ class GoldenCase:
         return load_tokenizer(self.folder)
 
     @functools.cached_property
+    def stored(self):
+        """The checkpoint's own tensors, of all its shards."""
+        from safetensors.torch import load_file
+
+        return {name: tensor for path in self.folder.glob("model*.safetensors") for name, tensor in load_file(path).items()}
+
+    @functools.cached_property
     def tensors(self):
         from safetensors.torch import load_file
 
