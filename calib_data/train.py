@@ -201,7 +201,9 @@ def cell_label_loss(student: Student, features: Tensor | None, cells: Tensor) ->
         loss = F.cross_entropy(part.flatten(0, 1), cells[..., index].flatten(), reduction="none")
         named = cells[..., index].flatten() > 0
         # Each name by itself: bars and boxes are rare, and would drown in cells of text and in empty ones.
-        losses += [loss[named].mean()] * bool(named.any()) + [EMPTY_CELL_WEIGHT * loss[~named].mean()]
+        if named.any():
+            losses.append(loss[named].mean())
+        losses.append(EMPTY_CELL_WEIGHT * loss[~named].mean())
     return sum(losses)
 
 

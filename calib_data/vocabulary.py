@@ -11,12 +11,10 @@ from sentencepiece import sentencepiece_model_pb2 as protocol
 from vlquant.calib_data.drawing import SYMBOLS
 from vlquant.calib_data.samples import samples
 from vlquant.prompt import TEMPLATES
+from vlquant.special_tokens import IMAGE_TOKENS
 
 RELABELLED = ("<|plugin|>", "<|interpreter|>", "<|action_end|>", "<|action_start|>", "<|im_end|>", "<|im_start|>")
 """Take over the last pieces inside the sentencepiece vocabulary, as InternLM2's do."""
-APPENDED = (
-    "<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>",
-)  # fmt: skip
 CONTROL = ("<unk>", "<s>", "</s>")
 LEARNED_PIECES = 768
 
@@ -32,11 +30,11 @@ def write_tokenizer(folder: Path) -> int:
     (folder / "tokenizer.model").write_bytes(model.SerializeToString())
     first_relabelled = len(model.pieces) - len(RELABELLED)
     ids = {token: index for index, token in enumerate(CONTROL)}
-    ids |= {token: first_relabelled + index for index, token in enumerate(RELABELLED + APPENDED)}
+    ids |= {token: first_relabelled + index for index, token in enumerate(RELABELLED + IMAGE_TOKENS)}
     write_json(folder / "tokenizer_config.json", tokenizer_config(ids))
-    write_json(folder / "added_tokens.json", {token: ids[token] for token in APPENDED})
+    write_json(folder / "added_tokens.json", {token: ids[token] for token in IMAGE_TOKENS})
     write_json(folder / "special_tokens_map.json", special_tokens())
-    return len(model.pieces) + len(APPENDED)
+    return len(model.pieces) + len(IMAGE_TOKENS)
 
 
 def corpus() -> list[str]:
@@ -93,7 +91,7 @@ def tokenizer_config(ids: dict[str, int]) -> dict:
 
 def special_tokens() -> dict:
     return {
-        "additional_special_tokens": [*reversed(RELABELLED), *APPENDED],
+        "additional_special_tokens": [*reversed(RELABELLED), *IMAGE_TOKENS],
         "bos_token": "<s>",
         "eos_token": "</s>",
         "pad_token": "</s>",

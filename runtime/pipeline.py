@@ -1,6 +1,5 @@
 """A model that answers: vision tower, decoder and tokenizer stitched together. The one way from a request to an answer."""
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,7 +20,7 @@ from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
 from vlquant.runtime.linear import load_decoder
 from vlquant.runtime.messages import as_request, is_conversation
-from vlquant.runtime.video import read_frames
+from vlquant.runtime.video import with_frames
 from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision
 from vlquant.tokenizer import Tokenizer, load_tokenizer
 
@@ -167,8 +166,7 @@ class Pipeline:
         """Prompt, ids and tiles of a request. Raises InvalidRequest if it does not fit the model's context."""
         encoded = request
         if isinstance(request, Request):
-            if isinstance(request.video, str | os.PathLike):
-                request = replace(request, video=tuple(read_frames(request.video, request.frames)))
+            request = with_frames(request)
             if request.max_tiles is None and self.max_tiles is not None:
                 request = replace(request, max_tiles=self.max_tiles)
             encoded = encode_request(request, self.config, self.tokenizer)

@@ -1,10 +1,13 @@
 """Frames of a video file, chosen as the original chooses them. Knows no model."""
 
+import os
+from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
 
 from vlquant.errors import InvalidRequest, MissingDependency
+from vlquant.request import Request
 from vlquant.tiling import frame_indices
 
 
@@ -41,3 +44,10 @@ def read_frames(
         return [Image.fromarray(reader[index].asnumpy()).convert("RGB") for index in indices]
     except (decord.DECORDError, RuntimeError) as error:
         raise InvalidRequest(f"{path}: its frames cannot be decoded; convert it to MP4 (H.264)") from error
+
+
+def with_frames(request: Request) -> Request:
+    """`request` with its video file, if it names one, decoded. Raises as `read_frames`."""
+    if not isinstance(request.video, str | os.PathLike):
+        return request
+    return replace(request, video=tuple(read_frames(request.video, request.frames)))

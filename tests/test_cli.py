@@ -209,7 +209,7 @@ def test_an_impossible_recipe_is_refused_before_anything_is_loaded(options):
     assert done.stderr.startswith("error: ") and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("arguments", [["--nonsense"], ["nonsense"], ["quantize", "--bits", "four"], ["inspect", "a", "b"], ["chat", "What?", "--frames", "4"]])
+@pytest.mark.parametrize("arguments", [["--nonsense"], ["nonsense"], ["quantize", "--bits", "four"], ["inspect", "a", "b"], ["chat", "What?", "--frames", "4"], ["prompt", "What?", "--frames", "4"]])
 def test_usage_errors_are_code_2(arguments):
     done = run(*arguments)
     assert done.exit_code == 2

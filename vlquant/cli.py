@@ -13,10 +13,8 @@ from vlquant import __version__
 from vlquant.errors import VlquantError
 from vlquant.recipe import Recipe
 
-USER_ERROR = 2
-"""Exit code of everything the user can put right, as of typer's own usage errors."""
-DIFFERENT = 3
-"""Exit code of a comparison that found a difference, as of a failed check."""
+USER_ERROR = 2  # Everything the user can put right, as typer's own usage errors.
+DIFFERENT = 3  # A comparison that found a difference, as a failed check.
 
 
 class Commands(TyperGroup):
@@ -41,6 +39,16 @@ DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it ru
 VisionOption = Annotated[
     str | None, typer.Option(metavar="onnx|torch", help="Which vision tower. Default: the exported one of a bundle.")
 ]
+
+
+ImageOption = Annotated[list[str] | None, typer.Option(metavar="FILE", help="A picture; may be repeated.")]
+VideoOption = Annotated[str | None, typer.Option(metavar="FILE", help="A video.")]
+FramesOption = Annotated[int | None, typer.Option(help="Frames taken from it.")]
+MaxTilesOption = Annotated[int | None, typer.Option(help="Tiles per picture; none: as the model says.")]
+
+
+def model_option(help_text: str):
+    return typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help=help_text)
 
 
 def output_option(default: str):
@@ -197,16 +205,23 @@ def check_command(
     raise typer.Exit(result.exit_code)
 
 
+def request_of(question: str, image: list[str] | None, video: str | None, **options):
+    """The request that options describe; frames are refused without a video to take them from."""
+    if options.get("frames") is not None and video is None:
+        raise typer.BadParameter("there is no video to take frames from; add --video FILE", param_hint="--frames")
+    from vlquant.request import Request
+
+    return Request(question, images=tuple(image or ()), video=video, **given(**options))
+
+
 @app.command("chat")
 def chat_command(
     prompt: Annotated[str | None, typer.Argument(metavar="PROMPT", help="The question; none: a conversation.")] = None,
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help=f"Who answers. {BUNDLE_DEFAULT}")
-    ] = None,
-    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A picture; may be repeated.")] = None,
-    video: Annotated[str | None, typer.Option(metavar="FILE", help="A video.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames taken from it.")] = None,
-    max_tiles: Annotated[int | None, typer.Option(help="Tiles per picture; none: as the model says.")] = None,
+    model: Annotated[str | None, model_option(f"Who answers. {BUNDLE_DEFAULT}")] = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    frames: FramesOption = None,
+    max_tiles: MaxTilesOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens after which an answer is cut.")] = None,
     temperature: Annotated[float | None, typer.Option(help="0: always the likeliest token.")] = None,
     top_p: Annotated[float | None, typer.Option(help="Draw from the likeliest tokens of this probability.")] = None,
@@ -217,10 +232,8 @@ def chat_command(
     vision: VisionOption = None,
 ) -> None:
     """Ask about pictures, a video or nothing; without PROMPT, converse."""
-    if frames is not None and video is None:
-        raise typer.BadParameter("there is no video to take frames from; add --video FILE", param_hint="--frames")
+    request = request_of(prompt or "", image, video, max_tiles=max_tiles, frames=frames)
     model = bundle_or_demo(model)
-    from vlquant.request import Request
     from vlquant.runtime.chat import chat
     from vlquant.runtime.generate import Generation
 
@@ -228,32 +241,26 @@ def chat_command(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
         repetition_penalty=repetition_penalty, seed=seed,
     )  # fmt: skip
-    request = Request(prompt or "", images=tuple(image or ()), video=video, **given(max_tiles=max_tiles, frames=frames))
     chat(request, model=model, device=device, vision=vision, generation=Generation(**generation), report=say)
 
 
 @app.command("prompt")
 def prompt_command(
     question: Annotated[str, typer.Argument(metavar="QUESTION")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help=f"Whose prompt. {BUNDLE_DEFAULT}")
-    ] = None,
-    image: Annotated[list[str] | None, typer.Option(metavar="FILE", help="A picture; may be repeated.")] = None,
-    video: Annotated[str | None, typer.Option(metavar="FILE", help="A video.")] = None,
-    frames: Annotated[int | None, typer.Option(help="Frames taken from it.")] = None,
-    max_tiles: Annotated[int | None, typer.Option(help="Tiles per picture; none: as the model says.")] = None,
+    model: Annotated[str | None, model_option(f"Whose prompt. {BUNDLE_DEFAULT}")] = None,
+    image: ImageOption = None,
+    video: VideoOption = None,
+    frames: FramesOption = None,
+    max_tiles: MaxTilesOption = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="Another system message.")] = None,
     tokenizer: Annotated[str | None, typer.Option(metavar="slow|fast", help="Which, where the two differ.")] = None,
     ids: Annotated[bool, typer.Option("--ids", help="Print the token ids instead.")] = False,
 ) -> None:
     """Print the exact text the model gets, runs of picture tokens folded."""
+    request = request_of(question, image, video, max_tiles=max_tiles, frames=frames, system_message=system)
     model = bundle_or_demo_model(model)
-    from vlquant.request import Request
     from vlquant.show_prompt import show_prompt
 
-    request = Request(
-        question, images=tuple(image or ()), video=video, **given(max_tiles=max_tiles, frames=frames, system_message=system)
-    )
     shown = show_prompt(request, model=model, tokenizer=tokenizer)
     typer.echo(" ".join(map(str, shown.ids)) if ids else shown.text)
     say(f"{len(shown.ids)} tokens, tiles per picture: {', '.join(map(str, shown.tiles)) or 'none'}")
@@ -262,9 +269,7 @@ def prompt_command(
 @app.command("tiles")
 def tiles_command(
     image: Annotated[str, typer.Argument(metavar="IMAGE")],
-    model: Annotated[
-        str | None, typer.Option("--model", "-m", metavar="MODEL_OR_BUNDLE", help="Who cuts. Default: 448 pixels, at most 12 tiles.")
-    ] = None,
+    model: Annotated[str | None, model_option("Who cuts. Default: 448 pixels, at most 12 tiles.")] = None,
     max_tiles: Annotated[int | None, typer.Option(help="Most tiles, the thumbnail not counted.")] = None,
     draw: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the picture with the grid drawn on it.")] = None,
 ) -> None:

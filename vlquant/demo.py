@@ -12,10 +12,10 @@ from vlquant.calib_data import demo_model
 from vlquant.calib_data.samples import Sample, draw_sample, sample_request, samples
 from vlquant.check import count_questions, summarize
 from vlquant.check_table import interval_text, points
-from vlquant.errors import OutputRefused
 from vlquant.events import Event, Report, silent
 from vlquant.export.vision import export_vision
 from vlquant.judge import Judged, judge
+from vlquant.publishing import require_empty
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.runtime.generate import Generation
@@ -61,8 +61,7 @@ def make_place(folder: str | Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="vlquant-demo-"))
     place = Path(folder)
-    if place.exists() and (not place.is_dir() or any(place.iterdir())):
-        raise OutputRefused(f"{place} exists and is not an empty folder; name another one, or none for a temporary one")
+    require_empty(place)
     place.mkdir(parents=True, exist_ok=True)
     return place
 

@@ -163,6 +163,7 @@ VISION_FUSIONS = (
     ),
 )
 
+
 def split_layer(name: str) -> tuple[str, str | None]:
     """A tensor name with its layer index cut out: "a.7.b" -> ("a.{}.b", "7"); no index -> (name, None)."""
     match = re.search(r"\.(?:layers|layer)\.(\d+)\.", name)

@@ -10,6 +10,7 @@ from vlquant.config import ChatConfig, ModelConfig
 from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
 from vlquant.errors import UnsupportedCheckpoint
 from vlquant.family import LANGUAGE_MODEL
+from vlquant.hf_config import TEXT_CLASSES
 from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template, find_template
 from vlquant.recipe import Recipe
 from vlquant.tiling import MEAN, STANDARD_DEVIATION
@@ -21,8 +22,6 @@ STAGES = (LINEARS[:3], LINEARS[3:4], LINEARS[4:6], LINEARS[6:])
 
 KEEP_FLOAT = ("model.vision_tower", "model.multi_modal_projector", "vision_tower", "multi_modal_projector", "lm_head")
 """What readers of bitsandbytes checkpoints must leave alone, under the names each of them compares."""
-
-TEXT_CLASSES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 VIDEO = "<video>"
 """What InternVLProcessor expands to numbered frames."""

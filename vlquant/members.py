@@ -4,6 +4,8 @@ Shapes come from the published config.json, from the model card, or ("unverified
 model underneath; `Member.source` says which.
 """
 
+import difflib
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 
@@ -115,6 +117,12 @@ MEMBERS: dict[str, Member] = {
 
 KNOWN_MODELS = (*MEMBERS, "InternVL3-9B")
 """Published models of the supported families; the shape of the last is known to its config.json alone."""
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """The names most like a mistyped one, for a message."""
+    names = tuple(known)
+    return ", ".join(difflib.get_close_matches(name, names, n=3, cutoff=0.3) or names[:3])
 
 
 def member_config(member: Member) -> dict:

@@ -1,6 +1,5 @@
 """Open a model (published checkpoint or bundle) and read its tensors under canonical names."""
 
-import difflib
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from vlquant.family import (
 )
 from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.lora import merge_adapters
-from vlquant.members import KNOWN_MODELS
+from vlquant.members import KNOWN_MODELS, nearest_names
 
 HUB_OWNER = "OpenGVLab"
 HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")
@@ -206,9 +205,9 @@ def resolve_model(name: str | Path, *, network: bool = True) -> Path:
     if "/" in text:
         return _download(text, network=network)
     if text not in KNOWN_MODELS:
-        nearest = difflib.get_close_matches(text, KNOWN_MODELS, n=3, cutoff=0.3) or KNOWN_MODELS[:3]
+        nearest = nearest_names(text, KNOWN_MODELS)
         raise UnsupportedCheckpoint(
-            f"{text!r} is neither a folder here nor a known model; the nearest known names are {', '.join(nearest)}"
+            f"{text!r} is neither a folder here nor a known model; the nearest known names are {nearest}"
         )
     return _download(f"{HUB_OWNER}/{text}", network=network)
 

@@ -43,6 +43,12 @@ def require_replaceable(output: Path, *, overwrite: bool) -> None:
         )
 
 
+def require_empty(output: Path) -> None:
+    """Raise OutputRefused unless `output` is free or an empty folder."""
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise OutputRefused(f"{output} exists and is not an empty folder; name another one")
+
+
 def require_space(output: Path, needed_bytes: int) -> None:
     """Raise OutputRefused if the disk of `output` has less than `needed_bytes` free."""
     parent = next(folder for folder in output.absolute().parents if folder.is_dir())

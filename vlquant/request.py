@@ -21,7 +21,7 @@ from vlquant.prompt import (
     frame_placeholders,
     picture_placeholders,
 )
-from vlquant.tiling import Box, choose_grid, cut_tiles, normalize, tile_boxes
+from vlquant.tiling import Box, normalize, tile_picture
 from vlquant.tokenizer import Tokenizer
 
 Picture = str | os.PathLike | bytes | Image.Image
@@ -86,9 +86,11 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
     limits += [(frame, 1, 1) for frame in frames]
     tiles, tile_map = [], []
     for image, low, high in limits:
-        size = {"min_tiles": low, "max_tiles": high, "image_size": chat.image_size}
-        tiles += cut_tiles(image, use_thumbnail=chat.use_thumbnail, **size)
-        tile_map.append(tile_boxes(image.size, choose_grid(*image.size, **size), use_thumbnail=chat.use_thumbnail))
+        own, boxes = tile_picture(
+            image, min_tiles=low, max_tiles=high, image_size=chat.image_size, use_thumbnail=chat.use_thumbnail
+        )
+        tiles += own
+        tile_map.append(boxes)
     question = place_images(request, len(pictures), len(frames))
     prompt, ids = encode_prompt(request, question, list(map(len, tile_map)), config=config, tokenizer=tokenizer)
     return EncodedRequest(prompt, ids, tiles, tile_map, question)

@@ -1,15 +1,14 @@
 """`vlquant prompt`: the exact text and tokens that a question becomes. Needs config and tokenizer, no weights."""
 
-import os
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from vlquant.config import read_config
 from vlquant.model import resolve_model
 from vlquant.prompt import IMAGE_CONTEXT
 from vlquant.request import Request, encode_request
-from vlquant.runtime.video import read_frames
+from vlquant.runtime.video import with_frames
 from vlquant.tokenizer import load_tokenizer
 
 
@@ -31,9 +30,7 @@ def show_prompt(request: Request, *, model: str | Path, tokenizer: str | None = 
     tokenizer: "slow" or "fast" where both exist. Raises InvalidRequest for pictures or text that do not fit together.
     """
     folder = resolve_model(model)
-    if isinstance(request.video, str | os.PathLike):
-        request = replace(request, video=tuple(read_frames(request.video, request.frames)))
-    encoded = encode_request(request, read_config(folder), load_tokenizer(folder, tokenizer))
+    encoded = encode_request(with_frames(request), read_config(folder), load_tokenizer(folder, tokenizer))
     return ShownPrompt(fold_runs(encoded.prompt), encoded.ids, encoded.tiles_per_image)
 
 

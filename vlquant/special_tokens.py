@@ -10,6 +10,8 @@ from vlquant.errors import BrokenCheckpoint
 TOKENIZER_CONFIG = "tokenizer_config.json"
 ADDED_TOKENS = "added_tokens.json"
 SPECIAL_TOKENS_MAP = "special_tokens_map.json"
+IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
+"""What every InternVL appends to its language model's vocabulary, in this order."""
 ROLES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 

@@ -1,6 +1,5 @@
 """`vlquant synthesize`: random weights in the published layout and true shape of a published model, to measure speed and memory with."""
 
-import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,12 +9,12 @@ import torch
 from torch import Tensor
 
 from vlquant.config import ModelConfig, parse_config
-from vlquant.errors import InvalidRequest, OutputRefused
+from vlquant.errors import InvalidRequest
 from vlquant.events import Event, Report, silent
 from vlquant.family import split_kind, split_layer, stored_name
 from vlquant.layout import tensor_shapes
-from vlquant.members import MEMBERS, member_config, shortened
-from vlquant.publishing import publishing, require_space
+from vlquant.members import MEMBERS, member_config, nearest_names, shortened
+from vlquant.publishing import publishing, require_empty, require_space
 from vlquant.shards import ShardWriter
 from vlquant.synthetic_tokenizer import write_synthetic_tokenizer
 
@@ -40,13 +39,11 @@ def synthesize(
     name or no layers, OutputRefused if `output` is not free.
     """
     if name not in MEMBERS:
-        nearest = difflib.get_close_matches(name, MEMBERS, n=3, cutoff=0.3) or list(MEMBERS)[:3]
-        raise InvalidRequest(f"the shape of {name!r} is not known; the nearest known names are {', '.join(nearest)}")
+        raise InvalidRequest(f"the shape of {name!r} is not known; the nearest known names are {nearest_names(name, MEMBERS)}")
     if min(layers or 1, vision_layers or 1) < 1 or 0 in (layers, vision_layers):
         raise InvalidRequest("a model has at least one layer; give --layers and --vision-layers of 1 or more")
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
-        raise OutputRefused(f"{output} exists and is not an empty folder; name another one")
+    require_empty(output)
     member = shortened(MEMBERS[name], layers=layers, vision_layers=vision_layers)
     source = member_config(member)
     config = parse_config(source, name)

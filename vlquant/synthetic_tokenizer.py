@@ -10,8 +10,8 @@ from tokenizers import decoders, models, pre_tokenizers, processors
 
 from vlquant.sentencepiece_model import BPE, BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, Piece, SentencePieceModel, serialize
 from vlquant.slow_tokenizer import SENTENCEPIECE_FILE, SPACE
+from vlquant.special_tokens import IMAGE_TOKENS
 
-IMAGE_TOKENS = ("<img>", "</img>", "<IMG_CONTEXT>", "<quad>", "</quad>", "<ref>", "</ref>", "<box>", "</box>")
 CONTROLS = {"<unk>": 0, "<s>": 1, "</s>": 2}
 CHATML = ("<|im_start|>", "<|im_end|>")
 PHI3_TURNS = {"<|endoftext|>": 32000, "<|assistant|>": 32001, "<|system|>": 32006, "<|end|>": 32007, "<|user|>": 32010}

@@ -67,6 +67,15 @@ def tile_boxes(size: tuple[int, int], grid: tuple[int, int], *, use_thumbnail: b
     return boxes
 
 
+def tile_picture(
+    image: Image.Image, *, max_tiles: int, image_size: int, use_thumbnail: bool, min_tiles: int = 1
+) -> tuple[list[Image.Image], list[Box]]:
+    """The tiles of `cut_tiles`, and what each shows as in `tile_boxes`."""
+    limits = {"min_tiles": min_tiles, "max_tiles": max_tiles, "image_size": image_size}
+    tiles = cut_tiles(image, use_thumbnail=use_thumbnail, **limits)
+    return tiles, tile_boxes(image.size, choose_grid(*image.size, **limits), use_thumbnail=use_thumbnail)
+
+
 def normalize(tiles: Sequence[Image.Image]) -> Tensor:
     """Pixel values float32 [tiles, 3, side, side] of RGB tiles, ImageNet mean and deviation."""
     pixels = torch.from_numpy(np.stack([np.asarray(tile) for tile in tiles]))  # uint8 [tiles, side, side, 3]

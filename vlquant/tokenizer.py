@@ -102,14 +102,13 @@ def load_tokenizer(folder: str | Path, flavour: str | None = None) -> Tokenizer:
     files = read_tokenizer_files(folder)
     if flavour not in (None, *FLAVOURS):
         raise UnsupportedCheckpoint(f"tokenizer flavour {flavour!r} is unknown; use {' or '.join(FLAVOURS)}")
-    if (files.folder / SENTENCEPIECE_FILE).exists():
-        slow_class = _sentencepiece_class(files)
-        if flavour == "slow" or flavour is None and not _prefers_json(files):
-            return slow_class(files)
-        return FastTokenizer(files, _fast_backend(files, like_slow=False), clean_up_default=True)
-    if all((files.folder / name).exists() for name in BYTE_LEVEL_FILES):
-        return FastTokenizer(files, byte_level_tokenizer(files), clean_up_default=False)
-    return FastTokenizer(files, _read_fast(files), clean_up_default=True)
+    if (files.folder / SENTENCEPIECE_FILE).exists() and (flavour == "slow" or flavour is None and not _prefers_json(files)):
+        return _sentencepiece_class(files)(files)
+    return FastTokenizer(files, _fast_backend(files, like_slow=False), clean_up_default=not _is_byte_level(files))
+
+
+def _is_byte_level(files: TokenizerFiles) -> bool:
+    return not (files.folder / SENTENCEPIECE_FILE).exists() and all((files.folder / name).exists() for name in BYTE_LEVEL_FILES)
 
 
 def _prefers_json(files: TokenizerFiles) -> bool:
@@ -119,10 +118,11 @@ def _prefers_json(files: TokenizerFiles) -> bool:
 
 
 def _fast_backend(files: TokenizerFiles, *, like_slow: bool) -> tokenizers.Tokenizer:
-    """The fast flavour of a folder with a sentencepiece model; like_slow: with the slow one's ids, where that is the default."""
-    if _prefers_json(files):
-        return _read_fast(files)
-    return sentencepiece_tokenizer(files, first_only=_source_class(files) in LLAMA_CLASSES, user_defined=like_slow)
+    """The fast flavour of a folder; like_slow: with the slow one's ids, where that is the default."""
+    if (files.folder / SENTENCEPIECE_FILE).exists():
+        llama = _sentencepiece_class(files) is LlamaTokenizer
+        return _read_fast(files) if _prefers_json(files) else sentencepiece_tokenizer(files, first_only=llama, user_defined=like_slow)
+    return byte_level_tokenizer(files) if _is_byte_level(files) else _read_fast(files)
 
 
 def write_fast_tokenizer(folder_in: str | Path, folder_out: str | Path) -> None:
@@ -132,13 +132,7 @@ def write_fast_tokenizer(folder_in: str | Path, folder_out: str | Path) -> None:
     Raises as `load_tokenizer`.
     """
     files, target = read_tokenizer_files(folder_in), Path(folder_out)
-    if (files.folder / SENTENCEPIECE_FILE).exists():
-        _sentencepiece_class(files)
-        backend = _fast_backend(files, like_slow=True)
-    elif all((files.folder / name).exists() for name in BYTE_LEVEL_FILES):
-        backend = byte_level_tokenizer(files)
-    else:
-        backend = _read_fast(files)
+    backend = _fast_backend(files, like_slow=True)
     for name in (SENTENCEPIECE_FILE, *BYTE_LEVEL_FILES, ADDED_TOKENS, SPECIAL_TOKENS_MAP):
         if (files.folder / name).exists():
             shutil.copyfile(files.folder / name, target / name)

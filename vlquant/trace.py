@@ -20,7 +20,7 @@ from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.request import EncodedRequest, Request, encode_prompt, open_image
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Batch, Pipeline, load
-from vlquant.tiling import choose_grid, cut_tiles, tile_boxes
+from vlquant.tiling import tile_picture
 from vlquant.trace_difference import KEYS
 
 
@@ -184,10 +184,14 @@ def cut_images(pipeline: Pipeline, images: Sequence[ImageFile], folder: Path) ->
     """Tiles of all pictures in one row, and what each shows of its picture."""
     chat, tiles, boxes = pipeline.config.chat, [], []
     for image in images:
-        picture = open_image(folder / image.file)
-        limits = {"min_tiles": 1, "max_tiles": image.max_num, "image_size": chat.image_size}
-        tiles += cut_tiles(picture, use_thumbnail=chat.use_thumbnail, **limits)
-        boxes += tile_boxes(picture.size, choose_grid(*picture.size, **limits), use_thumbnail=chat.use_thumbnail)
+        own, shown = tile_picture(
+            open_image(folder / image.file),
+            max_tiles=image.max_num,
+            image_size=chat.image_size,
+            use_thumbnail=chat.use_thumbnail,
+        )
+        tiles += own
+        boxes += shown
     return tiles, boxes
 
 
