@@ -2,7 +2,6 @@
 
 import io
 import shutil
-from pathlib import Path
 
 import pytest
 
@@ -11,7 +10,9 @@ from vlquant.request import Request
 from vlquant.runtime import Generation, load
 from vlquant.runtime.chat import Conversation, chat, default_vision
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 MODEL = GOLDEN / "qwen2_internvl2_5_vit6b"
 PICTURE = GOLDEN / "images" / "rgba_300x200.png"
 SHORT = Generation(max_new_tokens=16)

@@ -3,7 +3,6 @@
 import io
 import json
 import shutil
-from pathlib import Path
 
 import pytest
 from rich.console import Console
@@ -19,7 +18,9 @@ from vlquant.recipe import Recipe
 from vlquant.runtime.pipeline import load
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 ABOUT = {"bundle": "b", "reference": "r", "vision": "onnx", "set": {}}
 
 

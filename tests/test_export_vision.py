@@ -26,7 +26,9 @@ from vlquant.runtime.vision_session import OnnxVision
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.vision import vision_features
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 ROOT = Path(__file__).parents[1]
 SMALL = "qwen2_internvl2_5_vit6b"
 VARIANTS = [(name, *variant) for name in ("qwen2_hermes2", SMALL) for variant in (("v1", -1), ("v2", -2), ("v1", -3))]
@@ -76,7 +78,8 @@ def test_features_are_the_goldens(case, exported):
     features = {key: tensor for key, tensor in case.tensors.items() if key.startswith("features/")}
     assert features
     for key, expected in features.items():
-        torch.testing.assert_close(vision(golden_tiles(key, vision.manifest.tile_size)), expected, atol=1e-4, rtol=0)
+        made = case.recorded_tokens(vision(golden_tiles(key, vision.manifest.tile_size)))
+        torch.testing.assert_close(made, expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize(("name", "pixel_shuffle", "select_layer"), VARIANTS)

@@ -1,6 +1,7 @@
 """Everything the original computed on the golden checkpoints: prompts, ids, features, logits and greedy answers."""
 
 import hashlib
+import json
 import re
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ from vlquant.layout import POSITIONS
 from vlquant.request import Request, encode_prompt, place_images
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.vision import vision_features
+
+from tests.golden_folder import golden_folder
 
 TOLERANCE = 1e-4
 
@@ -123,6 +126,7 @@ def test_features(case):
     for name, expected in recorded.items():
         _, file, limit = name.split("/")
         features = vision_features(picture_pixels(case, file, int(limit[1:])), case.vision, case.config.vision)
+        features = case.recorded_tokens(features)
         assert features.shape == expected.shape
         assert (features - expected).abs().max() <= TOLERANCE, name
 
@@ -134,7 +138,7 @@ def test_feature_variants(case):
             case.config.vision, pixel_shuffle=variant["ps_version"], select_layer=variant["select_layer"]
         )
         pixels = picture_pixels(case, variant["file"], variant["max_num"])
-        features = vision_features(pixels, case.vision, config)
+        features = case.recorded_tokens(vision_features(pixels, case.vision, config))
         assert (features - case.tensors[variant["key"]]).abs().max() <= TOLERANCE, variant["key"]
 
 
@@ -153,10 +157,12 @@ def test_position_embeddings_are_those_stored(case):
     assert case.model.tensor(POSITIONS).shape == (1, patches + 1, case.config.vision.hidden_size)
 
 
-def test_every_style_is_here(golden_root):
-    """The committed goldens alone cover InternLM2, Qwen2 and Phi-3 with both vision styles; Llama's lie elsewhere, for their size."""
-    names = {path.parent.name for path in golden_root.glob("*/golden.json")}
-    assert {"qwen2_hermes2", "qwen2_internvl2_5_vit6b", "internlm2_chat_ntk", "internlm2_internvl2_5", "phi3_longrope"} <= names
+def test_every_case_and_call_is_here():
+    """161 answers of eight checkpoints: a recording that got lost must not pass for one that agrees."""
+    headers = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(golden_folder().glob("*/golden.json"))]
+    calls = {header["case"]: header["conversations"] for header in headers if "conversations" in header}
+    assert len(calls) == 8
+    assert sum(len(as_list(call.get("responses", "one"))) for each in calls.values() for call in each) == 161
 
 
 @pytest.mark.parametrize("length", [1, 7])

@@ -1,6 +1,5 @@
 """Bundles answer from packed weights, through ONNX Runtime and torch alike."""
 
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,9 @@ from vlquant.request import Request
 from vlquant.runtime import Generation, load
 from vlquant.runtime.linear import PackedLinear
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 SOURCES = {"internlm2": GOLDEN / "internlm2_internvl2_5", "qwen2": GOLDEN / "qwen2_internvl2_5_vit6b"}
 RECIPES = {
     "gptq4": Recipe(bits=4, group_size=32, samples=2),

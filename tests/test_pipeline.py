@@ -5,7 +5,6 @@ import dataclasses
 import functools
 import io
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,7 +20,9 @@ from vlquant.runtime import Answer, Generation, load
 from vlquant.runtime.pipeline import position_limit
 from vlquant.tiling import cut_tiles
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 SMALL = "qwen2_internvl2_5_vit6b"
 GREEDY = Generation(max_new_tokens=24)
 

@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,7 +21,9 @@ from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.tokenizer import load_tokenizer
 
-GOLDEN = Path(__file__).parent / "golden"
+from tests.golden_folder import golden_folder
+
+GOLDEN = golden_folder()
 INTERNLM2 = GOLDEN / "internlm2_internvl2_5"
 QWEN2 = GOLDEN / "qwen2_internvl2_5_vit6b"
 RECIPES = {

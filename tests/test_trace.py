@@ -59,7 +59,10 @@ def test_every_recorded_call(case, tmp_path):
         assert metadata[f"{key}/response"] == (each["response"] if chat else json.dumps(each["responses"], ensure_ascii=False))
         assert (f"{key}/features" in tensors) == bool(each["images"])
         if each["images"]:
-            assert tensors[f"{key}/features"].shape[0] == sum(image["tiles"] for image in each["images"])
+            names = [f"features/{image['file']}/m{image['max_num']}" for image in each["images"]]
+            features = case.recorded_tokens(tensors[f"{key}/features"]).split([image["tiles"] for image in each["images"]])
+            for name, own in zip(names, features, strict=True):
+                assert (own - golden[name]).abs().max() <= TOLERANCE, (key, name)
         prompts = [metadata[f"{key}/prompt"]] if chat else json.loads(metadata[f"{key}/prompt"])
         assert [case.tokenizer.encode(prompt) for prompt in prompts] == [
             row[own].tolist() for row, own in zip(tensors[f"{key}/input_ids"], mask, strict=True)
