@@ -11,7 +11,7 @@ from vlquant.errors import InvalidRequest, VlquantError
 from vlquant.request import Request, open_image
 from vlquant.runtime.answer import Answer, History
 from vlquant.runtime.generate import Generation
-from vlquant.runtime.messages import with_placeholders
+from vlquant.runtime.messages import Prompt, as_request, with_placeholders
 from vlquant.runtime.pipeline import Pipeline, load
 from vlquant.runtime.video import read_frames
 
@@ -19,29 +19,31 @@ HELP = "/image FILE adds a picture, /reset starts anew, /quit leaves"
 
 
 def chat(
-    request: Request,
+    question: Prompt,
     *,
     model: str | Path | None = None,
     device: str = "cpu",
     vision: str | None = None,
     generation: Generation = Generation(),
     report: Callable[[str], None] | None = None,
+    **loading,
 ) -> Answer | None:
-    """Answer `request` on standard output token by token; with an empty question, converse until the input ends.
+    """Answer `question` on standard output token by token; if its text is empty, converse until the input ends.
 
     model: bundle or checkpoint, None: the bundle here; vision: "onnx" or "torch", None: ONNX where it was exported or
-    the model is a bundle; report: takes remarks, which never go to standard output. Returns the answer to a question,
-    None after a conversation. Raises VlquantError.
+    the model is a bundle; report: takes remarks, which never go to standard output; loading: max_tiles, prompt and tokenizer,
+    as `load` takes them. Returns the answer to a question, None after a conversation. Raises VlquantError.
     """
     report = report or (lambda line: print(line, file=sys.stderr))
-    _require_readable(request)
+    _require_readable(as_request(question))
     vision = vision or default_vision(model)
-    pipeline = load(model, device, vision=vision)
+    pipeline = load(model, device, vision=vision, **loading)
+    request = as_request(question, pipeline.config.chat.conversation)
     report(f"model {pipeline.model.folder} on {device}, vision tower through {vision}")
     if request.question:
         return _print_answer(pipeline, request, generation)
     report(HELP)
-    _converse(pipeline, Conversation(request), generation)
+    _converse(pipeline, Conversation(request, numbered=pipeline.config.chat.conversation.numbers_pictures), generation)
     return None
 
 
@@ -66,6 +68,8 @@ class Conversation:
 
     opening: Request
     """Pictures, video and settings given with the command; without a question."""
+    numbered: bool = True
+    """Whether the prompt's form numbers the pictures of one question."""
     images: tuple = ()
     history: History | None = None
     fresh: int = 0
@@ -90,7 +94,7 @@ class Conversation:
     def ask(self, text: str) -> Request:
         """The request of the next turn."""
         # The numbering starts again in every turn: the template names pictures within one question.
-        question = with_placeholders(text, self.fresh) if self.opening.video is None else text
+        question = with_placeholders(text, self.fresh, numbered=self.numbered) if self.opening.video is None else text
         return replace(self.opening, question=question, images=self.images, history=self.history)
 
     def heard(self, answer: Answer) -> None:

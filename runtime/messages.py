@@ -1,15 +1,23 @@
-"""LMDeploy-style prompts and OpenAI-style messages to requests. Opens nothing, runs nothing."""
+"""LMDeploy-style prompts and OpenAI-style messages to requests. Opens no picture, runs nothing."""
 
+import json
+import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from vlquant.errors import InvalidRequest
-from vlquant.prompt import IMAGE_PLACEHOLDER, picture_placeholders
-from vlquant.request import Request
+from vlquant.prompt import IMAGE_PLACEHOLDER, Template, picture_placeholders
+from vlquant.request import EncodedRequest, Request
 
 FORMS = (
     "a prompt is a text, a pair (text, picture or list of pictures), a Request, "
     'or a list of messages {"role": ..., "content": ...}'
 )
+Prompt = str | tuple | list | Request | EncodedRequest
+"""A text, (text, pictures), OpenAI-style messages, or a request."""
+PICTURES, VIDEOS = ("image_url", "image"), ("video_url", "video")
+"""Types of parts, OpenAI's own and transformers'."""
 
 
 def is_conversation(prompt: object) -> bool:
@@ -17,61 +25,109 @@ def is_conversation(prompt: object) -> bool:
     return isinstance(prompt, Sequence) and len(prompt) > 0 and isinstance(prompt[0], Mapping)
 
 
-def as_request(prompt: object) -> Request:
-    """The request a prompt stands for; raises InvalidRequest naming the accepted forms."""
+def as_request(prompt: object, template: Template | None = None) -> Request:
+    """The request a prompt stands for; raises InvalidRequest naming the accepted forms.
+
+    template: that of the model which will answer; None: one that numbers pictures, as all originals do.
+    """
     if isinstance(prompt, Request):
         return prompt
     if isinstance(prompt, str):
         return Request(question=prompt)
     if is_conversation(prompt):
-        return _from_messages(prompt)
+        return _from_messages(prompt, numbered=template is None or template.numbers_pictures)
     if isinstance(prompt, tuple) and len(prompt) == 2 and isinstance(prompt[0], str):
         question, images = prompt
         return Request(question=question, images=tuple(images) if isinstance(images, (list, tuple)) else (images,))
     raise InvalidRequest(f"{FORMS}; this one is a {type(prompt).__name__}")
 
 
-def with_placeholders(text: str, pictures: int) -> str:
+def read_messages(file: str) -> list[dict]:
+    """The messages in a JSON file, a list or {"messages": list}; "-" reads standard input. Raises InvalidRequest."""
+    name = "standard input" if file == "-" else file
+    try:
+        contents = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{name} holds no messages ({error}); give a JSON file with a list of messages") from None
+    messages = contents.get("messages") if isinstance(contents, dict) else contents
+    if not isinstance(messages, list) or not is_conversation(messages):
+        raise InvalidRequest(f'{name} holds no messages; give a list of {{"role": ..., "content": ...}}')
+    return messages
+
+
+def with_placeholders(text: str, pictures: int, *, numbered: bool = True) -> str:
     """`text` with a placeholder for every picture in front, unless it places them itself."""
-    return text if IMAGE_PLACEHOLDER in text or not pictures else picture_placeholders(pictures) + text
+    return text if IMAGE_PLACEHOLDER in text or not pictures else picture_placeholders(pictures, numbered=numbered) + text
 
 
-def _from_messages(messages: Sequence[Mapping]) -> Request:
+@dataclass
+class Content:
+    """One message's parts."""
+
+    pieces: list[str | None] = field(default_factory=list)
+    """Texts in their order, None where a picture is."""
+    pictures: list = field(default_factory=list)
+    videos: list = field(default_factory=list)
+
+    def text(self, *, numbered: bool) -> str:
+        """The message as the prompt has it: numbered pictures go first, as the original is asked; others stay where they are."""
+        if not numbered:
+            return "".join(picture_placeholders(1) if piece is None else piece for piece in self.pieces)
+        words = "\n".join(piece for piece in self.pieces if piece is not None)
+        return with_placeholders(words, len(self.pictures))
+
+
+def _from_messages(messages: Sequence[Mapping], *, numbered: bool) -> Request:
     """System message first if any, then user and assistant in turn, a user's message last."""
-    system, turns, images = None, [], []
+    system, turns, images, videos = None, [], [], []
     for index, message in enumerate(messages):
-        role = message.get("role")
-        text, pictures = _content(message.get("content"))
+        role = message.get("role") if isinstance(message, Mapping) else None
+        content = _content(message.get("content")) if role else Content()
         if role == "system" and index == 0:
-            system = text
+            system = content.text(numbered=numbered)
         elif role == "user" and (not turns or len(turns[-1]) == 2):
-            turns.append((with_placeholders(text, len(pictures)),))
-            images += pictures
+            turns.append((content.text(numbered=numbered),))
+            images += content.pictures
+            videos += content.videos
         elif role == "assistant" and turns and len(turns[-1]) == 1:
-            turns[-1] += (text,)
+            turns[-1] += (content.text(numbered=numbered),)
         else:
             raise InvalidRequest(
                 f"message {index + 1} has role {role!r} out of turn; give system (optional), then user and assistant in turn"
             )
     if not turns or len(turns[-1]) == 2:
         raise InvalidRequest("the last message has to be the user's; add one")
+    if videos and (len(turns) > 1 or images or len(videos) > 1):
+        raise InvalidRequest("a video has to be alone in the only question; leave out pictures, other videos and earlier turns")
     return Request(
-        question=turns[-1][0], images=tuple(images), history=tuple(turns[:-1]) or None, system_message=system
-    )
+        question=turns[-1][0], images=tuple(images), video=videos[0] if videos else None,
+        history=tuple(turns[:-1]) or None, system_message=system,
+    )  # fmt: skip
 
 
-def _content(content: object) -> tuple[str, list]:
-    """Text and pictures of one message's content, a text or a list of parts."""
+def _content(content: object) -> Content:
+    """The parts of one message's content, a text or a list."""
     if isinstance(content, str):
-        return content, []
-    texts, pictures = [], []
+        return Content([content])
+    found = Content()
     for part in content if isinstance(content, Sequence) else [content]:
         kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
-        if kind == "text":
-            texts.append(part["text"])
-        elif kind in ("image_url", "image"):
-            picture = part[kind]
-            pictures.append(picture["url"] if isinstance(picture, Mapping) else picture)
+        if kind == "text" and isinstance(part.get("text"), str):
+            found.pieces.append(part["text"])
+        elif kind in PICTURES and kind in part:
+            found.pieces.append(None)
+            found.pictures.append(_address(part[kind]))
+        elif kind in VIDEOS and kind in part:
+            found.videos.append(_address(part[kind]))
         else:
-            raise InvalidRequest(f'a message part of type {kind!r} is not understood; use "text", "image_url" or "image"')
-    return "\n".join(texts), pictures
+            raise InvalidRequest(
+                f'a message part of type {kind!r} is not understood; use {{"type": "text", "text": ...}}, '
+                '{"type": "image_url", "image_url": {"url": ...}} or the same with video_url'
+            )
+    return found
+
+
+def _address(part: object) -> object:
+    """A picture or video: what is under "url", or the thing itself; file:// names a file here."""
+    address = part.get("url") if isinstance(part, Mapping) else part
+    return address.removeprefix("file://") if isinstance(address, str) else address

@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from vlquant.bundle import MANIFEST, find_bundle
+from vlquant.config import with_prompt_form
 from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, rope_depends_on_length
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
-from vlquant.prompt import find_template
 from vlquant.request import EncodedRequest, Request, encode_answer, encode_request
 from vlquant.runtime.answer import Answer, AnswerText, History, PieceStream, Usage
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
 from vlquant.runtime.linear import load_decoder
-from vlquant.runtime.messages import as_request, is_conversation
+from vlquant.runtime.messages import Prompt, as_request, is_conversation
 from vlquant.runtime.video import with_frames
 from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision
 from vlquant.tokenizer import Tokenizer, load_tokenizer
@@ -31,12 +31,19 @@ Features = Tensor | None
 
 
 def load(
-    path: str | Path | None = None, device: str = "cpu", *, vision: str = "onnx", max_tiles: int | None = None
+    path: str | Path | None = None,
+    device: str = "cpu",
+    *,
+    vision: str = "onnx",
+    max_tiles: int | None = None,
+    prompt: str = "original",
+    tokenizer: str | None = None,
 ) -> "Pipeline":
     """Load a bundle (packed weights) or an unquantized checkpoint (float weights).
 
     path: folder or published name, None: the bundle here; vision: "onnx" (the exported tower) or "torch";
-    max_tiles: per picture, for requests that do not say. Raises VlquantError for what cannot be loaded.
+    max_tiles: per picture, for requests that do not say; prompt: conversations as the "original" or as the "hf" processor
+    writes them; tokenizer: "slow" or "fast" where they differ. Raises VlquantError for what cannot be loaded.
     """
     place = require_device(device)
     if vision not in VISIONS:
@@ -48,8 +55,9 @@ def load(
         find_bundle(folder)  # Whether it is whole.
     model = open_model(folder)
     features = TileFeatures(open_vision(model, vision, device))
-    decoder, tokenizer = load_decoder(model, place), load_tokenizer(folder)
-    return Pipeline(model, tokenizer, decoder=decoder, features=features, max_tiles=max_tiles)
+    model.config = with_prompt_form(model.config, prompt)
+    words = load_tokenizer(folder, tokenizer)
+    return Pipeline(model, words, decoder=load_decoder(model, place), features=features, max_tiles=max_tiles)
 
 
 def open_vision(model: Model, vision: str, device: str) -> Callable[[Tensor], Tensor]:
@@ -106,13 +114,13 @@ class Pipeline:
         self.position_limit = position_limit(model.config.decoder)
         """Longest conversation in tokens. The original knows no limit and answers badly beyond it."""
         self._tile_features = features
-        self._stop_token = find_template(model.config.chat.template).stop_token
+        self._stop_token = model.config.chat.conversation.stop_token
         self.stop_id = tokenizer.token_id(self._stop_token)
         self._image_id = tokenizer.token_id(model.config.chat.image_token)
 
     def ask(
         self,
-        question: str | Request,
+        question: Prompt,
         images: Sequence = (),
         *,
         video: object = None,
@@ -121,13 +129,14 @@ class Pipeline:
     ) -> Answer:
         """Answer one question about pictures (path, PIL image, bytes, data URL), a video (path, frames) or nothing.
 
+        question: a text, or a Request or OpenAI-style messages, which hold everything themselves.
         history: of the answer before, with the pictures of all turns in `images`. Raises InvalidRequest.
         """
         return self.batch([_request(question, images, video, history)], generation)[0]
 
     def stream(
         self,
-        question: str | Request,
+        question: Prompt,
         images: Sequence = (),
         *,
         video: object = None,
@@ -139,7 +148,7 @@ class Pipeline:
 
     def batch(
         self,
-        requests: Sequence[Request | EncodedRequest],
+        requests: Sequence[Prompt],
         generation: Generation = Generation(),
         *,
         features: Sequence[Features] | None = None,
@@ -159,12 +168,16 @@ class Pipeline:
     def __call__(self, prompts: object, generation: Generation = Generation()) -> Answer | list[Answer]:
         """Answer LMDeploy-style prompts: a text, (text, picture), OpenAI-style messages, or a list of any of these."""
         if isinstance(prompts, list) and not is_conversation(prompts):
-            return self.batch([as_request(prompt) for prompt in prompts], generation)
-        return self.batch([as_request(prompts)], generation)[0]
+            return self.batch(prompts, generation)
+        return self.batch([prompts], generation)[0]
 
-    def encode(self, request: Request | EncodedRequest) -> EncodedRequest:
+    def request(self, prompt: Prompt) -> Request | EncodedRequest:
+        """What a prompt of any form asks. Raises InvalidRequest for what is none."""
+        return prompt if isinstance(prompt, EncodedRequest) else as_request(prompt, self.config.chat.conversation)
+
+    def encode(self, prompt: Prompt) -> EncodedRequest:
         """Prompt, ids and tiles of a request. Raises InvalidRequest if it does not fit the model's context."""
-        encoded = request
+        encoded = request = self.request(prompt)
         if isinstance(request, Request):
             request = with_frames(request)
             if request.max_tiles is None and self.max_tiles is not None:
@@ -188,7 +201,7 @@ class Pipeline:
     @torch.inference_mode()
     def answer_logits(
         self,
-        requests: Sequence[Request | EncodedRequest],
+        requests: Sequence[Prompt],
         answers: Sequence[str | Sequence[int]],
         *,
         features: Sequence[Features] | None = None,
@@ -223,9 +236,10 @@ class Pipeline:
 
     @torch.inference_mode()
     def prepare(
-        self, requests: Sequence[Request | EncodedRequest], features: Sequence[Features] | None = None
+        self, requests: Sequence[Prompt], features: Sequence[Features] | None = None
     ) -> Batch:
         """Embed the prompts, left padded, with features in the places of context tokens."""
+        requests = [self.request(each) for each in requests]
         encoded = [self.encode(each) for each in requests]
         histories = [tuple(each.history or ()) if isinstance(each, Request) else () for each in requests]
         started = time.perf_counter()
@@ -299,8 +313,10 @@ class Stream:
             yield piece
 
 
-def _request(question: str | Request, images: Sequence, video: object, history: History | None) -> Request:
-    if isinstance(question, Request):
+def _request(question: Prompt, images: Sequence, video: object, history: History | None) -> Prompt:
+    if not isinstance(question, str):
+        if images is not None and len(images) or video is not None or history:
+            raise InvalidRequest("a Request or messages hold pictures, video and history themselves; put them there")
         return question
     images = () if images is None else tuple(images) if isinstance(images, (list, tuple)) else (images,)
     return Request(question=question, images=images, video=video, history=history)

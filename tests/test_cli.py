@@ -14,7 +14,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "prompt", "tiles", "trace", "synthesize", "demo", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "prompt", "tiles", "trace", "synthesize", "inspect"]
 
 
 @pytest.fixture
@@ -135,11 +135,13 @@ def test_chat_passes_every_option(stand_in):
     calls = stand_in("vlquant.runtime.chat", "chat")
     options = ["--image", "a.png", "--image", "b.png", "--max-tiles", 2, "--max-new-tokens", 9, "--temperature", 0.5]
     options += ["--top-p", 0.9, "--top-k", 4, "--seed", 7, "--device", "cuda", "--vision", "torch"]
+    options += ["--system", "Be brief.", "--prompt", "hf", "--tokenizer", "slow"]
     assert run("chat", "Total?", "-m", "bundle", *options).exit_code == 0
     [((request,), keywords)] = calls
-    assert (request.question, request.images, request.max_tiles) == ("Total?", ("a.png", "b.png"), 2)
+    assert (request.question, request.images, keywords["max_tiles"]) == ("Total?", ("a.png", "b.png"), 2)
     assert keywords["generation"] == Generation(max_new_tokens=9, temperature=0.5, top_p=0.9, top_k=4, seed=7)
     assert (keywords["model"], keywords["device"], keywords["vision"]) == ("bundle", "cuda", "torch")
+    assert (request.system_message, keywords["prompt"], keywords["tokenizer"]) == ("Be brief.", "hf", "slow")
 
 
 def test_chat_without_options_leaves_the_defaults_to_the_records(stand_in):
@@ -173,7 +175,8 @@ def test_prompt_and_tiles_are_called(stand_in):
     assert done.stdout == "the text\n" and "2 tokens" in done.stderr
     assert run("prompt", "What?", "-m", "model", "--ids").stdout == "1 2\n"
     (request,), options = prompt[0]
-    assert (request.question, request.images, options) == ("What?", ("a.png",), {"model": "model", "tokenizer": "slow"})
+    loading = {"model": "model", "tokenizer": "slow", "prompt": "original", "max_tiles": None}
+    assert (request.question, request.images, options) == ("What?", ("a.png",), loading)
     assert run("tiles", "a.png", "--max-tiles", "6", "--draw", "b.png").stdout == "cut\n"
     assert tiles == [(("a.png",), {"model": None, "max_tiles": 6, "draw": Path("b.png")})]
 

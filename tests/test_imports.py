@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vlquant": "vlquant", "export": "vlquant.export", "runtime": "vlquant.runtime", "calib_data": "vlquant.calib_data"}
 
-COMMAND_LINE = {"vlquant.cli", "vlquant.progress", "vlquant.__main__"}
+COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_inspection", "vlquant.progress", "vlquant.__main__"}
 VERBS = {
     "vlquant.quantize",
     "vlquant.check",

@@ -1,15 +1,15 @@
 """config.json of a checkpoint of either layout (or the copy inside a bundle) to typed settings. Reads no weights."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlquant import hf_config
 from vlquant.checkpoint import read_json
 from vlquant.decoder import DecoderConfig, LongRope, Rope
-from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint
 from vlquant.family import FAMILIES, LanguageFamily
-from vlquant.prompt import IMAGE_CONTEXT, find_template
+from vlquant.prompt import IMAGE_CONTEXT, PROMPT_FORMS, Template, find_template, processor_form
 from vlquant.vision import VisionConfig
 
 CONFIG_FILE = "config.json"
@@ -38,6 +38,14 @@ class ChatConfig:
     """Per picture, without the thumbnail."""
     use_thumbnail: bool = True
     image_token: str = IMAGE_CONTEXT
+    prompt_form: str = "original"
+    """One of PROMPT_FORMS."""
+
+    @property
+    def conversation(self) -> Template:
+        """How conversations are written."""
+        template = find_template(self.template)
+        return processor_form(template) if self.prompt_form == "hf" else template
 
 
 @dataclass(frozen=True)
@@ -77,6 +85,17 @@ def _processor(folder: Path) -> Mapping:
         return read_json(folder / "preprocessor_config.json")
     path = folder / "processor_config.json"
     return (read_json(path).get("image_processor") or {}) if path.exists() else {}
+
+
+def with_prompt_form(config: ModelConfig, form: str) -> ModelConfig:
+    """The same settings with conversations written in `form`, one of PROMPT_FORMS; raises InvalidRequest for another."""
+    if form not in PROMPT_FORMS:
+        raise InvalidRequest(f"prompt form {form!r} is unknown; use {' or '.join(PROMPT_FORMS)}")
+    if form == "original":
+        return config
+    processor_form(config.chat.conversation)  # Raises for models that the processor does not know.
+    # A system message of the checkpoint's is no part of the processor's form, one of the caller's is.
+    return replace(config, chat=replace(config.chat, prompt_form=form, system_message=None))
 
 
 def parse_config(source: dict, where: str) -> ModelConfig:

@@ -11,7 +11,7 @@ from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
 from vlquant.errors import UnsupportedCheckpoint
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.hf_config import TEXT_CLASSES
-from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template, find_template
+from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template
 from vlquant.recipe import Recipe
 from vlquant.tiling import MEAN, STANDARD_DEVIATION
 from vlquant.tokenizer import Tokenizer
@@ -80,7 +80,7 @@ def text_config(config: ModelConfig, tokenizer: Tokenizer, dtype: str) -> dict:
         "attention_dropout": 0.0,
         "use_cache": True,
         "bos_token_id": next(iter(tokenizer.encode("")), None),
-        "eos_token_id": tokenizer.token_id(find_template(config.chat.template).stop_token),
+        "eos_token_id": tokenizer.token_id(config.chat.conversation.stop_token),
         "pad_token_id": tokenizer.pad_id,
         **_rope(decoder),
     }
@@ -185,7 +185,7 @@ def chat_template(chat: ChatConfig, bos: str) -> str:
     Pictures become `<IMG_CONTEXT>`, videos `<video>`, which InternVLProcessor expands; several pictures of one message are
     numbered. bos: the text of the token that the original tokenizer puts first, or "". Readers add none to a template's text.
     """
-    template = find_template(chat.template)
+    template = chat.conversation
     system = template.system_message if chat.system_message is None else chat.system_message
     return (
         f"{{{{- {_quoted(bos + template.system_prefix)} }}}}"
@@ -255,7 +255,7 @@ def processor_files(chat: ChatConfig) -> dict[str, dict]:
 
 def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> None:
     """Write every settings file of a bundle but the tokenizer's own into `folder`, and complete the tokenizer's."""
-    stop = tokenizer.token_id(find_template(config.chat.template).stop_token)
+    stop = tokenizer.token_id(config.chat.conversation.stop_token)
     files = {
         "config.json": model_config(config, tokenizer, recipe=recipe, dtype=dtype),
         # chat() of the original stops at this token alone and decodes greedily unless told otherwise.

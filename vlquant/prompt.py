@@ -2,9 +2,12 @@
 
 import difflib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from vlquant.errors import InvalidRequest, UnsupportedCheckpoint
+
+PROMPT_FORMS = ("original", "hf")
+"""As the original's chat() writes a conversation, or as transformers' InternVLProcessor does."""
 
 IMAGE_PLACEHOLDER = "<image>"
 IMAGE_START, IMAGE_CONTEXT, IMAGE_END = "<img>", "<IMG_CONTEXT>", "</img>"
@@ -15,8 +18,8 @@ class Template:
     """How one generation of InternVL writes a conversation."""
 
     name: str
-    system_message: str
-    """Used when neither the checkpoint nor the caller gives one."""
+    system_message: str | None
+    """Used when neither the checkpoint nor the caller gives one; None: then there is no system block at all."""
     system_prefix: str
     user: str
     assistant: str
@@ -27,6 +30,8 @@ class Template:
     """Ends assistant turns, where that differs from `separator`."""
     text_lead: str = ""
     """Between a role and its text."""
+    numbers_pictures: bool = True
+    """Whether several pictures of one question become "Image-1: ", "Image-2: " in front of it."""
 
 
 _SHANGHAI_SENSETIME = (
@@ -90,6 +95,17 @@ def find_template(name: str) -> Template:
     return TEMPLATES[name]
 
 
+def processor_form(template: Template) -> Template:
+    """The form that transformers' InternVLProcessor gives a conversation, for models with `template`.
+
+    Without a system block unless asked for, pictures where they stand and not numbered. Raises InvalidRequest for
+    templates of models that the processor does not know.
+    """
+    if template.stop_token != "<|im_end|>":
+        raise InvalidRequest(f"InternVLProcessor writes no {template.name} conversations; leave --prompt hf out")
+    return replace(template, system_message=None, separator="<|im_end|>\n", numbers_pictures=False)
+
+
 def build_prompt(
     template: Template, turns: Sequence[tuple[str, str | None]], *, system_message: str | None = None
 ) -> str:
@@ -99,7 +115,7 @@ def build_prompt(
     separator, as the original does. system_message None means the template's own.
     """
     system = template.system_message if system_message is None else system_message
-    pieces = [template.system_prefix + system + template.separator]
+    pieces = [] if system is None else [template.system_prefix + system + template.separator]
     answer_separator = template.separator if template.answer_separator is None else template.answer_separator
     for question, answer in turns:
         pieces.append(_message(template, template.user, question, template.separator))
@@ -133,10 +149,10 @@ def expand_images(prompt: str, tiles_per_image: Sequence[int], tokens_per_tile: 
     return "".join(pieces)
 
 
-def picture_placeholders(count: int) -> str:
-    """What goes before a question about `count` pictures; a single one is not numbered."""
-    if count == 1:
-        return f"{IMAGE_PLACEHOLDER}\n"
+def picture_placeholders(count: int, *, numbered: bool = True) -> str:
+    """What goes before a question about `count` pictures; a single one is never numbered."""
+    if count == 1 or not numbered:
+        return f"{IMAGE_PLACEHOLDER}\n" * count
     return "".join(f"Image-{number}: {IMAGE_PLACEHOLDER}\n" for number in range(1, count + 1))
 
 

@@ -17,7 +17,6 @@ from vlquant.prompt import (
     IMAGE_PLACEHOLDER,
     build_prompt,
     expand_images,
-    find_template,
     frame_placeholders,
     picture_placeholders,
 )
@@ -91,16 +90,16 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
         )
         tiles += own
         tile_map.append(boxes)
-    question = place_images(request, len(pictures), len(frames))
+    question = place_images(request, len(pictures), len(frames), numbered=chat.conversation.numbers_pictures)
     prompt, ids = encode_prompt(request, question, list(map(len, tile_map)), config=config, tokenizer=tokenizer)
     return EncodedRequest(prompt, ids, tiles, tile_map, question)
 
 
-def place_images(request: Request, pictures: int, frames: int) -> str:
+def place_images(request: Request, pictures: int, frames: int, *, numbered: bool = True) -> str:
     """The question, with placeholders in front if it opens a conversation and has none itself."""
     if request.history or IMAGE_PLACEHOLDER in request.question or pictures + frames == 0:
         return request.question
-    before = picture_placeholders(pictures) if pictures else ""
+    before = picture_placeholders(pictures, numbered=numbered) if pictures else ""
     return before + frame_placeholders(frames) + request.question
 
 
@@ -115,7 +114,7 @@ def encode_prompt(
     chat = config.chat
     system = chat.system_message if request.system_message is None else request.system_message
     turns = [*(request.history or ()), (question, None)]
-    prompt = build_prompt(find_template(chat.template), turns, system_message=system)
+    prompt = build_prompt(chat.conversation, turns, system_message=system)
     prompt = expand_images(prompt, tiles_per_image, chat.tokens_per_tile)
     ids = tokenizer.encode(prompt)
     expected, found = sum(tiles_per_image) * chat.tokens_per_tile, ids.count(tokenizer.token_id(chat.image_token))
@@ -131,7 +130,7 @@ def encode_answer(
     answer: str, prompt: str, prompt_ids: Sequence[int], *, config: ModelConfig, tokenizer: Tokenizer
 ) -> list[int]:
     """Ids of an answer as the model would write it after the prompt, with the stop token."""
-    stop_token = find_template(config.chat.template).stop_token
+    stop_token = config.chat.conversation.stop_token
     whole = tokenizer.encode(prompt + answer + stop_token)
     if whole[: len(prompt_ids)] == list(prompt_ids):
         return whole[len(prompt_ids) :]

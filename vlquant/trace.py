@@ -81,7 +81,13 @@ class TracedCall:
 
 
 def trace(
-    model: str | Path, request: str | Path, output: str | Path, *, vision: str = "torch", report: Report = silent
+    model: str | Path,
+    request: str | Path,
+    output: str | Path,
+    *,
+    vision: str = "torch",
+    tokenizer: str | None = None,
+    report: Report = silent,
 ) -> Path:
     """Run the calls of a request file greedily and write all they gave into a safetensors file; returns its path.
 
@@ -93,7 +99,7 @@ def trace(
     calls = read_calls(request)
     if not output.absolute().parent.is_dir():
         raise OutputRefused(f"folder {output.parent} does not exist; make it, or name another file")
-    pipeline = load(model, vision=vision)
+    pipeline = load(model, vision=vision, tokenizer=tokenizer)
     pipeline.position_limit = sys.maxsize  # The original knows none.
     tensors, metadata = {}, {KEYS: json.dumps([call.key for call in calls])}
     for index, call in enumerate(calls):
