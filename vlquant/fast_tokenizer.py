@@ -60,11 +60,11 @@ def add_missing_tokens(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles) -
 
 
 def sentencepiece_tokenizer(
-    files: TokenizerFiles, *, first_only: bool = False, user_defined: bool = True
+    files: TokenizerFiles, *, prefix: str | None = None, user_defined: bool = True
 ) -> tokenizers.Tokenizer:
     """InternLM2's or Llama's tokenizer from tokenizer.model, re-labelled pieces under their new names.
 
-    first_only: a space goes before the whole text and not, as the .model may say, before every stretch of it.
+    prefix: a space goes before the "first" stretch of a text or "always" before each; None: as the .model says.
     user_defined: match the .model's user-defined pieces literally, as sentencepiece does and InternLM2TokenizerFast does not.
     Raises UnsupportedCheckpoint if the model is not byte pair encoding.
     """
@@ -81,11 +81,17 @@ def sentencepiece_tokenizer(
         vocab=vocabulary, merges=merges_from_scores(model.pieces), unk_token=unknown, fuse_unk=True, byte_fallback=True
     )
     tokenizer = tokenizers.Tokenizer(bpe)
-    if first_only:
+    if prefix == "always":
+        model = replace(model, add_dummy_prefix=True)
+    if prefix == "first":
         model = replace(model, add_dummy_prefix=False)
-        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="first", split=False)
+        # One of them puts a space in front, where the normalizer has left none, and the other makes it the mark:
+        # with the mark as its replacement Metaspace would leave out the prefix of a text that starts with a space.
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [pre_tokenizers.Metaspace(mark, prepend_scheme=scheme, split=False) for mark, scheme in ((" ", "first"), (SPACE, "never"))]
+        )
     tokenizer.normalizer = _normalizer(model)
-    tokenizer.decoder = _decoder(model, first_space=first_only)
+    tokenizer.decoder = _decoder(model, first_space=prefix == "first")
     _add_bos(tokenizer, files)
     add_missing_tokens(tokenizer, files)
     if user_defined:

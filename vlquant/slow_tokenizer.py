@@ -143,7 +143,7 @@ class LlamaTokenizer(SentencePieceTokenizer):
     """Phi-3 and Yi: a space before the whole text, none after added tokens (with `legacy`: one before every stretch)."""
 
     def __init__(self, files: TokenizerFiles):
-        self._legacy = files.settings.get("legacy") is not False
+        self._legacy = is_legacy(files)
         super().__init__(files)
         self._space = self._pieces.piece_to_id(SPACE)
         self._roles = frozenset(files.roles.values())
@@ -184,6 +184,11 @@ class LlamaTokenizer(SentencePieceTokenizer):
             text += self._pieces.decode(pieces) + token.content
             pieces, after_special = [], True
         return text + self._pieces.decode(pieces)
+
+
+def is_legacy(files: TokenizerFiles) -> bool:
+    """Whether a LlamaTokenizer treats every stretch between added tokens as a text of its own; its default."""
+    return files.settings.get("legacy") is not False
 
 
 def clean_up(text: str) -> str:

@@ -18,6 +18,7 @@ from vlquant.slow_tokenizer import (
     LlamaTokenizer,
     SentencePieceTokenizer,
     clean_up,
+    is_legacy,
     no_such_token,
 )
 from vlquant.special_tokens import (
@@ -120,9 +121,19 @@ def _prefers_json(files: TokenizerFiles) -> bool:
 def _fast_backend(files: TokenizerFiles, *, like_slow: bool) -> tokenizers.Tokenizer:
     """The fast flavour of a folder; like_slow: with the slow one's ids, where that is the default."""
     if (files.folder / SENTENCEPIECE_FILE).exists():
-        llama = _sentencepiece_class(files) is LlamaTokenizer
-        return _read_fast(files) if _prefers_json(files) else sentencepiece_tokenizer(files, first_only=llama, user_defined=like_slow)
+        if _prefers_json(files):
+            return _read_fast(files)
+        return sentencepiece_tokenizer(files, prefix=_space_prefix(files, like_slow=like_slow), user_defined=like_slow)
     return byte_level_tokenizer(files) if _is_byte_level(files) else _read_fast(files)
+
+
+def _space_prefix(files: TokenizerFiles, *, like_slow: bool) -> str | None:
+    """Before which stretches of text a space goes, where that is not as the .model says."""
+    if _sentencepiece_class(files) is not LlamaTokenizer:
+        return None
+    if not like_slow:
+        return "always"  # LlamaTokenizerFast does not ask the .model.
+    return None if is_legacy(files) else "first"
 
 
 def write_fast_tokenizer(folder_in: str | Path, folder_out: str | Path) -> None:
