@@ -32,22 +32,32 @@ SHAPE = {
 LONG = LongRope(short_factors=(1.0, 1.1, 1.3, 1.6), long_factors=(1.2, 2.5, 4.0, 8.0), short_reach=12)
 
 
+def spelled(rope: dict) -> dict:
+    """A rope in the words of the transformers at hand: version 5 has one entry where 4 has two."""
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return {"rope_parameters": rope}
+    # Phi3Config of version 4 wants the older key for the kind and no other entries than the two lists.
+    kind = "type" if rope["rope_type"] == "longrope" else "rope_type"
+    kept = {key: value for key, value in rope.items() if key in ("factor", "short_factor", "long_factor")}
+    return {"rope_theta": rope["rope_theta"], "rope_scaling": {kind: rope["rope_type"], **kept} if kept else None}
+
+
 def build_theirs(kind: str):
     torch.manual_seed(0)
     rope = {"rope_type": "default", "rope_theta": 10000.0}
     if kind == "dynamic":
         rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     if kind == "qwen2":
-        config = transformers.Qwen2Config(**SHAPE, rope_parameters=rope)
+        config = transformers.Qwen2Config(**SHAPE, **spelled(rope))
         return transformers.Qwen2ForCausalLM(config).eval()
     if kind == "qwen3":
-        return with_uneven_norms(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=16, rope_parameters=rope)))
+        return with_uneven_norms(transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SHAPE, head_dim=16, **spelled(rope))))
     if kind == "phi3":
         rope |= {"rope_type": "longrope", "short_factor": list(LONG.short_factors), "long_factor": list(LONG.long_factors)}
         rope |= {"original_max_position_embeddings": LONG.short_reach}
         extra = {"original_max_position_embeddings": LONG.short_reach, "pad_token_id": 0}
-        return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, **extra, rope_parameters=rope)).eval()
-    config = transformers.LlamaConfig(**SHAPE, rope_parameters=rope, attention_bias=kind == "biased")
+        return transformers.Phi3ForCausalLM(transformers.Phi3Config(**SHAPE, **extra, **spelled(rope))).eval()
+    config = transformers.LlamaConfig(**SHAPE, **spelled(rope), attention_bias=kind == "biased")
     return transformers.LlamaForCausalLM(config).eval()
 
 
