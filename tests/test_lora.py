@@ -57,7 +57,7 @@ def test_adapters_are_merged_while_reading(wrapped, small_case):
 
 
 def test_a_checkpoint_without_adapters_is_left_alone(small_case):
-    assert not hasattr(small_case.model.checkpoint, "adapters")
+    assert not small_case.model.checkpoint.adapters
 
 
 def test_an_unknown_scale_is_refused(wrapped):

@@ -6,7 +6,7 @@ Knows files, names, shapes and bytes; knows nothing of InternVL.
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,6 +50,9 @@ class StoredTensor:
 
 class Checkpoint:
     """All tensors of a folder by name; nothing but the headers is in memory."""
+
+    adapters: Mapping[str, object] = {}
+    """LoRA adapters that are merged while reading, by the name of their weight."""
 
     def __init__(self, folder: Path, tensors: dict[str, StoredTensor]):
         self.folder, self._tensors = folder, tensors

@@ -1,6 +1,6 @@
 """The files beside the weights that make a bundle a standard `-hf` checkpoint: configuration, processor, chat template.
 
-Settings in, JSON and Jinja out; reads no weights. What `-hf` cannot express is refused here.
+Settings in, JSON and Jinja out; reads no weights.
 """
 
 import json
@@ -8,7 +8,6 @@ from pathlib import Path
 
 from vlquant.config import ChatConfig, ModelConfig
 from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
-from vlquant.errors import UnsupportedCheckpoint
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.hf_config import TEXT_CLASSES
 from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template
@@ -27,16 +26,14 @@ VIDEO = "<video>"
 """What InternVLProcessor expands to numbered frames."""
 
 
-def require_expressible(config: ModelConfig, where: Path) -> None:
-    """Raise UnsupportedCheckpoint, naming the reason, if transformers' InternVL cannot compute this model."""
+def inexpressible(config: ModelConfig) -> str | None:
+    """Why transformers' InternVL cannot compute this model; None: it can."""
     vision = config.vision
-    reason = None
     if vision.pixel_shuffle != "v2":
-        reason = f"it orders picture tokens by pixel shuffle {vision.pixel_shuffle}, and the -hf layout knows only v2"
-    elif vision.select_layer not in (-1, vision.layers):
-        reason = f"it takes features from vision layer {vision.select_layer}, and the -hf layout only from the last"
-    if reason:
-        raise UnsupportedCheckpoint(f"{where} cannot be written as a bundle yet: {reason}; take a model from InternVL 2 on")
+        return f"it orders picture tokens by pixel shuffle {vision.pixel_shuffle}, and the -hf layout knows only v2"
+    if vision.select_layer not in (-1, vision.layers):
+        return f"it takes features from vision layer {vision.select_layer}, and the -hf layout only from the last"
+    return None
 
 
 def model_config(config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> dict:
@@ -254,21 +251,24 @@ def processor_files(chat: ChatConfig) -> dict[str, dict]:
 
 
 def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> None:
-    """Write every settings file of a bundle but the tokenizer's own into `folder`, and complete the tokenizer's."""
+    """Write every settings file of a bundle but the tokenizer's own into `folder`, and complete the tokenizer's.
+
+    A model that the -hf layout cannot express keeps the original's config.json, so that no other program takes it for one.
+    """
     stop = tokenizer.token_id(config.chat.conversation.stop_token)
-    files = {
-        "config.json": model_config(config, tokenizer, recipe=recipe, dtype=dtype),
-        # chat() of the original stops at this token alone and decodes greedily unless told otherwise.
-        "generation_config.json": {"do_sample": False, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id},
-        **processor_files(config.chat),
-    }
+    # chat() of the original stops at this token alone and decodes greedily unless told otherwise.
+    files = {"generation_config.json": {"do_sample": False, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}}
     if recipe.method == "gptq":
         files["quantize_config.json"] = gptq_config(recipe)
+    if inexpressible(config):
+        files["config.json"] = {**config.source, "quantization_config": quantization_config(recipe, dtype)}
+    else:
+        files |= {"config.json": model_config(config, tokenizer, recipe=recipe, dtype=dtype), **processor_files(config.chat)}
+        bos = tokenizer.decode(tokenizer.encode(""), skip_special=False).strip()
+        (folder / "chat_template.jinja").write_text(chat_template(config.chat, bos), encoding="utf-8")
+        _name_picture_tokens(folder / "tokenizer_config.json")
     for name, contents in files.items():
         write_json(folder / name, contents)
-    bos = tokenizer.decode(tokenizer.encode(""), skip_special=False).strip()
-    (folder / "chat_template.jinja").write_text(chat_template(config.chat, bos), encoding="utf-8")
-    _name_picture_tokens(folder / "tokenizer_config.json")
 
 
 def _name_picture_tokens(path: Path) -> None:

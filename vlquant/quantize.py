@@ -28,7 +28,7 @@ from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
-from vlquant.hf_layout import STAGES, require_expressible, write_settings
+from vlquant.hf_layout import STAGES, inexpressible, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.packing import pack_gptq
@@ -67,7 +67,6 @@ def quantize(
     folder = resolve_model(model)
     source = open_float_model(folder)
     require_fitting(source.config, recipe)
-    require_expressible(source.config, folder)
     output = Path(output) if output is not None else Path(default_name(folder, recipe))
     origin = describe_source(folder)
     if is_done(output, recipe, origin):
@@ -75,11 +74,21 @@ def quantize(
         return output
     require_replaceable(output, overwrite=overwrite)
     require_space(output, bundle_bytes(source, recipe))
-    if (output / "vision").is_dir():
-        report(Event("quantize", message=f"{output} is replaced: export its vision tower and check it again afterwards"))
+    for remark in remarks(source, output):
+        report(Event("quantize", message=remark))
     with publishing(output) as hidden:
         write_bundle(hidden, source, recipe=recipe, origin=origin, device=device, report=report)
     return output
+
+
+def remarks(source: Model, output: Path) -> Iterable[str]:
+    """What the user should know before it starts."""
+    if reason := inexpressible(source.config):
+        yield f"only vlquant will read {output}: {reason}"
+    if source.checkpoint.adapters:
+        yield f"{len(source.checkpoint.adapters)} LoRA adapters in {source.folder} are merged into their weights"
+    if (output / "vision").is_dir():
+        yield f"{output} is replaced: export its vision tower and check it again afterwards"
 
 
 def write_bundle(
