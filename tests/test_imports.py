@@ -26,7 +26,7 @@ VERBS = {
     "vlquant.tiles",
     "vlquant.trace",
 }
-QUANTIZERS = {"vlquant.gptq", "vlquant.calibrate"}
+QUANTIZERS = {"vlquant.gptq", "vlquant.calibrate", "vlquant.quantized_layers"}
 
 DISTRIBUTIONS = {"PIL": "pillow"}
 """Modules whose distribution has another name."""

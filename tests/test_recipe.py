@@ -18,6 +18,7 @@ from vlquant.recipe import Recipe
         ({"group_size": 48}, "--group-size 32"),
         ({"method": "bnb", "group_size": 64}, "leave --group-size out"),
         ({"method": "bnb", "samples": 8}, "leave --samples out"),
+        ({"method": "rtn", "samples": 8}, "leave --samples out"),
         ({"damping": 0.0}, "damping"),
         ({"calibration": "nowhere"}, "--calib"),
         ({"samples": 0}, "--samples"),
@@ -29,7 +30,7 @@ def test_bad_fields_are_refused_in_one_sentence(fields, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=8, group_size=-1, seed=4), Recipe(method="bnb", bits=8)])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=8, group_size=-1, seed=4), Recipe(method="bnb", bits=8), Recipe(method="rtn", group_size=32)])
 def test_stored_recipe_reads_back(recipe):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 

@@ -16,7 +16,7 @@ SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0
 """What float16 can hold."""
 BLOCK = 128
 """Columns rounded before their errors reach the columns after them: changes speed, not results."""
-SEARCH_ELEMENTS = 2**20
+SEARCH_ELEMENTS = 2**18
 """Weights searched at once, so that the candidates stay in a CPU's cache."""
 MOST_DAMPING = 0.5
 

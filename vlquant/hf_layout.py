@@ -133,7 +133,7 @@ def vision_config(vision: VisionConfig, dtype: str) -> dict:
 
 def quantization_config(recipe: Recipe, dtype: str) -> dict:
     """What tells other programs how the linears are stored."""
-    return gptq_config(recipe) if recipe.method == "gptq" else bitsandbytes_config(recipe, dtype)
+    return gptq_config(recipe) if recipe.packed_as_gptq else bitsandbytes_config(recipe, dtype)
 
 
 def gptq_config(recipe: Recipe) -> dict:
@@ -149,13 +149,13 @@ def gptq_config(recipe: Recipe) -> dict:
         "sym": True,
         "static_groups": True,
         "true_sequential": True,
-        "damp_percent": recipe.damping,
         "lm_head": False,
         "pack_dtype": "int32",
         # Without the leading "model." transformers loads random weights and says so only in a report.
         "block_name_to_quantize": LANGUAGE_MODEL + "layers",
         "modules_in_block_to_quantize": [list(stage) for stage in STAGES],
         "modules_to_not_convert": list(KEEP_FLOAT),
+        **({"damp_percent": recipe.damping} if recipe.method == "gptq" else {}),
     }
 
 
@@ -258,7 +258,7 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, r
     stop = tokenizer.token_id(config.chat.conversation.stop_token)
     # chat() of the original stops at this token alone and decodes greedily unless told otherwise.
     files = {"generation_config.json": {"do_sample": False, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}}
-    if recipe.method == "gptq":
+    if recipe.packed_as_gptq:
         files["quantize_config.json"] = gptq_config(recipe)
     if inexpressible(config):
         files["config.json"] = {**config.source, "quantization_config": quantization_config(recipe, dtype)}

@@ -4,15 +4,12 @@ Only the linears of the language model are ever quantized; everything else is co
 """
 
 import importlib.metadata
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import vlquant
-from vlquant import bnb, gptq
 from vlquant.bundle import (
     MANIFEST,
     Calibration,
@@ -23,19 +20,19 @@ from vlquant.bundle import (
     read_manifest,
     write_manifest,
 )
-from vlquant.calibrate import CalibrationInputs, calibration_inputs, layer_of, record_hessian, run_layer
+from vlquant.calibrate import CalibrationInputs, calibration_inputs
 from vlquant.config import ModelConfig
-from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
+from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
-from vlquant.hf_layout import STAGES, inexpressible, write_settings
+from vlquant.hf_layout import inexpressible, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, open_model, resolve_model
-from vlquant.packing import pack_gptq
 from vlquant.publishing import publishing, require_replaceable, require_space
+from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
 from vlquant.shards import ShardWriter, file_hash
-from vlquant.tokenizer import Tokenizer, load_tokenizer, write_fast_tokenizer
+from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 
 LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "bitsandbytes")
 SOURCE_FILES = (
@@ -43,8 +40,6 @@ SOURCE_FILES = (
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
 )  # fmt: skip
 """What a bundle is made from."""
-
-Layer = dict[str, Tensor]
 
 
 @torch.inference_mode()
@@ -102,10 +97,12 @@ def write_bundle(
         writer.add(name, embedding if name == EMBEDDING else model.tensor(name))
     dtype = str(embedding.dtype).removeprefix("torch.")
     del embedding
+    calibration, layers = None, rounded_layers(model, recipe, device=device)
     if recipe.method == "gptq":
-        calibration, modules = add_gptq_layers(writer, model, tokenizer, recipe=recipe, device=device, report=report)
-    else:
-        calibration, modules = None, add_bitsandbytes_layers(writer, model, recipe=recipe, report=report)
+        inputs = calibration_inputs(model, tokenizer, recipe=recipe, device=device, report=report)
+        calibration = describe_calibration(recipe, inputs)
+        layers = gptq_layers(model, inputs, recipe=recipe, device=device)
+    modules = add_layers(writer, layers, count=model.config.decoder.layers, report=report)
     writer.close()
     write_fast_tokenizer(model.folder, folder)
     write_settings(folder, model.config, tokenizer, recipe=recipe, dtype=dtype)
@@ -125,112 +122,16 @@ def write_bundle(
     warn_of_fallbacks(manifest, report)
 
 
-def add_gptq_layers(
-    writer: ShardWriter, model: Model, tokenizer: Tokenizer, *, recipe: Recipe, device: str, report: Report
-) -> tuple[Calibration, list[ModuleRecord]]:
-    """Quantize all layers with GPTQ, each calibrated on what the quantized layers before it pass on."""
-    inputs = calibration_inputs(model, tokenizer, recipe=recipe, device=device, report=report)
-    config, modules = model.config.decoder, []
-    for index in range(config.layers):
-        packed, records = quantize_layer(
-            model.decoder_layer(index), inputs, config=config, recipe=recipe, device=device
-        )
-        for name, tensor in packed.items():
-            writer.add(layer_prefix(index) + name, tensor)
-        modules += [record.model_copy(update={"name": layer_prefix(index) + record.name}) for record in records]
-        report(Event("layers", index + 1, config.layers))
-    calibration = Calibration(
-        set=recipe.calibration,
-        sha256=calibration_hash(recipe),
-        samples=recipe.samples,
-        tokens=inputs.tokens,
-    )
-    return calibration, modules
-
-
-def quantize_layer(
-    tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, device: str
-) -> tuple[Layer, list[ModuleRecord]]:
-    """Quantize one decoder layer, each stage calibrated on the outputs of the quantized stages before it.
-
-    tensors: by relative name, any float dtype. Returns the tensors to store and what it cost; `inputs` move on to the
-    next layer.
-    """
-    floats = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
-    layer, stored, records = layer_of(floats, linears, config), {}, []
-    for stage in STAGES:
-        hessian = record_hessian(inputs, layer, stage, device=device)
-        weight = torch.cat([linears[name].weight for name in stage])
-        rounding = gptq.quantize_weight(
-            weight, hessian, bits=recipe.bits, group_size=recipe.group_size, damping=recipe.damping
-        )
-        for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
-            linear = linears[name]
-            records.append(describe_module(name, linear.weight, part, hessian, recipe.bits))
-            rounded = gptq.dequantize(part.codes, part.scales, bits=recipe.bits)
-            linears[name] = FloatLinear(rounded, linear.bias)
-            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
-            stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
-        layer = layer_of(floats, linears, config)
-    for conversation in inputs.conversations:
-        conversation.hidden = run_layer(layer, conversation, device).cpu()
-    biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
-    kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
-    return kept | stored | biases, records
-
-
-def stored_bias(floats: Layer, name: str) -> Tensor | None:
-    """A linear's bias as the GPTQ format keeps it, in float16, widened again."""
-    bias = floats.get(f"{name}.bias")
-    return None if bias is None else bias.to(torch.float16).float()
-
-
-def split_rounding(rounding: gptq.Rounding, rows: Mapping[str, int]) -> dict[str, gptq.Rounding]:
-    """Cut a rounded stack of weights into those of its linears, given their numbers of rows."""
-    codes, scales = rounding.codes.split(list(rows.values())), rounding.scales.split(list(rows.values()), dim=1)
-    return {name: gptq.Rounding(*parts, rounding.damping) for name, *parts in zip(rows, codes, scales, strict=True)}
-
-
-def describe_module(name: str, weight: Tensor, part: gptq.Rounding, hessian: Tensor, bits: int) -> ModuleRecord:
-    """What rounding `weight` cost, and what rounding it to the nearest code would have cost."""
-    group_size = weight.shape[1] // part.scales.shape[0]
-    nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
-    error, nearest_error = (
-        rounded_off(gptq.output_error(weight, gptq.dequantize(codes, part.scales, bits=bits), hessian))
-        for codes in (part.codes, nearest)
-    )
-    return ModuleRecord(
-        name=name, error=error, nearest_error=nearest_error, damping=part.damping, fallback=part.damping is None
-    )
-
-
-def rounded_off(error: float) -> float | None:
-    """Four digits of a relative error; None if it is not a number, which JSON cannot write."""
-    return float(f"{error:.4g}") if math.isfinite(error) else None
-
-
-def add_bitsandbytes_layers(
-    writer: ShardWriter, model: Model, *, recipe: Recipe, report: Report
+def add_layers(
+    writer: ShardWriter, layers: Iterable[QuantizedLayer], *, count: int, report: Report
 ) -> list[ModuleRecord]:
-    """Quantize all layers with bitsandbytes, which needs no calibration. Records hold weight errors, not output errors."""
-    write, read = (
-        (bnb.quantize_nf4, bnb.dequantize_nf4) if recipe.bits == 4 else (bnb.quantize_int8, bnb.dequantize_int8)
-    )
+    """Write decoder layers one after the other as they are quantized; returns what it did to their linears."""
     modules = []
-    for index in range(model.config.decoder.layers):
-        prefix = layer_prefix(index)
-        for name, tensor in model.decoder_layer(index).items():
-            module = name.removesuffix(".weight")
-            if module not in LINEARS:
-                writer.add(prefix + name, tensor)
-                continue
-            stored = write(tensor)
-            error = rounded_off(float((read(stored) - tensor.float()).norm() / tensor.float().norm()))
-            modules.append(ModuleRecord(name=prefix + module, error=error, nearest_error=error, damping=None, fallback=False))
-            for kind, part in stored.items():
-                writer.add(f"{prefix}{module}.{kind}", part)
-        report(Event("layers", index + 1, model.config.decoder.layers))
+    for index, layer in enumerate(layers):
+        for name, tensor in layer.tensors.items():
+            writer.add(layer_prefix(index) + name, tensor)
+        modules += [record.model_copy(update={"name": layer_prefix(index) + record.name}) for record in layer.records]
+        report(Event("layers", index + 1, count))
     return modules
 
 
@@ -303,11 +204,12 @@ def library_versions() -> dict[str, str]:
     return {"vlquant": vlquant.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
-def calibration_hash(recipe: Recipe) -> str:
-    """Identity of the pictures and texts that a recipe calibrates on."""
+def describe_calibration(recipe: Recipe, inputs: CalibrationInputs) -> Calibration:
+    """What the manifest says of the pictures and texts that a recipe calibrates on."""
     from vlquant.calib_data.samples import set_hash
 
-    return set_hash("calibration", recipe.samples, seed=recipe.seed)
+    identity = set_hash("calibration", recipe.samples, seed=recipe.seed)
+    return Calibration(set=recipe.calibration, sha256=identity, samples=recipe.samples, tokens=inputs.tokens)
 
 
 def warn_of_fallbacks(manifest: Manifest, report: Report) -> None:

@@ -4,10 +4,15 @@ from dataclasses import asdict, dataclass
 
 from vlquant.errors import InvalidRecipe
 
-METHODS = ("gptq", "bnb")
+METHODS = ("gptq", "rtn", "bnb")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
-GPTQ_ONLY = ("group_size", "damping", "calibration", "samples", "seed")
+USED = {
+    "gptq": ("group_size", "damping", "calibration", "samples", "seed"),
+    "rtn": ("group_size",),
+    "bnb": (),
+}
+"""Fields that each method uses beside its own name and the bits."""
 CODES_MULTIPLE = 32
 """GPTQ packs codes into 32-bit words along both axes, so both must be multiples of this."""
 
@@ -20,11 +25,11 @@ class Recipe:
     """
 
     method: str = "gptq"
-    """"gptq" (GPTQ, either width) or "bnb" (bitsandbytes: NF4 for 4 bits, LLM.int8 for 8)."""
+    """"gptq", "rtn" (rounding with searched scales, stored as GPTQ is) or "bnb" (bitsandbytes: NF4 for 4 bits, int8 for 8)."""
     bits: int = 4
     """Bits per weight: 4 or 8."""
     group_size: int = 128
-    """Input columns sharing one scale; -1: all of them. GPTQ only."""
+    """Input columns sharing one scale; -1: all of them. GPTQ and RTN."""
     damping: float = 0.05
     """Share of the mean diagonal added to the diagonal of the Hessian. GPTQ only."""
     calibration: str = "builtin"
@@ -43,10 +48,11 @@ class Recipe:
             raise InvalidRecipe(
                 f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)"
             )
-        without_use = [name for name in GPTQ_ONLY if self.method != "gptq" and getattr(self, name) != getattr(Recipe, name)]
+        others = [name for name in USED["gptq"] if name not in USED[self.method]]
+        without_use = [name for name in others if getattr(self, name) != getattr(Recipe, name)]
         if without_use:
             option = without_use[0].replace("_", "-")
-            raise InvalidRecipe(f"bitsandbytes has no use for a {option}; leave --{option} out or use --method gptq")
+            raise InvalidRecipe(f"method {self.method} has no use for a {option}; leave --{option} out or use --method gptq")
         if not 0 < self.damping <= 0.5:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if self.calibration != "builtin":
@@ -61,8 +67,12 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """The fields that this method uses, ready for JSON."""
-        fields = asdict(self)
-        return fields if self.method == "gptq" else {"method": self.method, "bits": self.bits}
+        return {name: value for name, value in asdict(self).items() if name in ("method", "bits", *USED[self.method])}
+
+    @property
+    def packed_as_gptq(self) -> bool:
+        """Whether weights are stored in GPTQ's format."""
+        return self.method != "bnb"
 
     @staticmethod
     def from_dict(fields: dict) -> "Recipe":
@@ -74,7 +84,7 @@ class Recipe:
 
     def require_shape(self, name: str, *, out_features: int, in_features: int) -> None:
         """Raise InvalidRecipe if the linear `name` with a [out_features, in_features] weight cannot be quantized so."""
-        if self.method != "gptq":
+        if not self.packed_as_gptq:
             return
         if in_features % CODES_MULTIPLE or out_features % CODES_MULTIPLE:
             raise InvalidRecipe(

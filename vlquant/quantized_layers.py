@@ -1,0 +1,135 @@
+"""Decoder layers, quantized one by one: what to store of each, and what it cost. Writes nothing.
+
+Tensors are named relative to their layer ("self_attn.q_proj.weight"). The arithmetic is in `gptq` and `bnb`.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlquant import bnb, gptq
+from vlquant.bundle import ModuleRecord
+from vlquant.calibrate import CalibrationInputs, layer_of, record_hessian, run_layer
+from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
+from vlquant.hf_layout import STAGES
+from vlquant.model import Model
+from vlquant.packing import pack_gptq
+from vlquant.recipe import Recipe
+
+Layer = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class QuantizedLayer:
+    """One decoder layer as it is to be stored."""
+
+    tensors: Layer
+    records: list[ModuleRecord]
+    """What was done to its linears, by relative name."""
+
+
+def gptq_layers(
+    model: Model, inputs: CalibrationInputs, *, recipe: Recipe, device: str
+) -> Iterator[QuantizedLayer]:
+    """All layers by GPTQ, each calibrated on what the quantized layers before it pass on."""
+    config = model.config.decoder
+    for index in range(config.layers):
+        yield quantize_layer(model.decoder_layer(index), inputs, config=config, recipe=recipe, device=device)
+
+
+def rounded_layers(model: Model, recipe: Recipe, *, device: str = "cpu") -> Iterator[QuantizedLayer]:
+    """All layers by a method that looks at nothing but weights; records hold errors of weights, not of outputs."""
+    for index in range(model.config.decoder.layers):
+        tensors, records = {}, []
+        for name, tensor in model.decoder_layer(index).items():
+            module, _, kind = name.rpartition(".")
+            if module not in LINEARS:
+                tensors[name] = tensor
+            elif kind == "bias":
+                tensors[name] = tensor if recipe.method == "bnb" else tensor.to(torch.float16)
+            else:
+                stored, error = round_weight(tensor, recipe, device)
+                tensors |= {f"{module}.{part}": each for part, each in stored.items()}
+                records.append(ModuleRecord(name=module, error=error, nearest_error=error, damping=None, fallback=False))
+        yield QuantizedLayer(tensors, records)
+
+
+def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, float | None]:
+    """The tensors to store for one weight [out, in] of any float dtype, and its relative error."""
+    floats = weight.to(device, torch.float32)
+    if recipe.method == "rtn":
+        group_size = weight.shape[1] if recipe.group_size == -1 else recipe.group_size
+        even = torch.ones(weight.shape[1], device=device)
+        scales = gptq.search_scales(floats, even, bits=recipe.bits, group_size=group_size)
+        codes = gptq.nearest_codes(floats, gptq.expand_scales(scales, group_size), recipe.bits)
+        stored = pack_gptq(codes.cpu(), scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
+        rounded = gptq.dequantize(codes, scales, bits=recipe.bits)
+    else:
+        write, read = (bnb.quantize_nf4, bnb.dequantize_nf4) if recipe.bits == 4 else (bnb.quantize_int8, bnb.dequantize_int8)
+        stored = write(weight)
+        rounded = read(stored).to(device)
+    return stored, rounded_off(float((rounded - floats).norm() / floats.norm()))
+
+
+def quantize_layer(
+    tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, device: str
+) -> QuantizedLayer:
+    """Quantize one decoder layer, each stage calibrated on the outputs of the quantized stages before it.
+
+    tensors: by relative name, any float dtype. `inputs` move on to the next layer.
+    """
+    floats = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
+    layer, stored, records = layer_of(floats, linears, config), {}, []
+    for stage in STAGES:
+        hessian = record_hessian(inputs, layer, stage, device=device)
+        weight = torch.cat([linears[name].weight for name in stage])
+        rounding = gptq.quantize_weight(
+            weight, hessian, bits=recipe.bits, group_size=recipe.group_size, damping=recipe.damping
+        )
+        for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
+            linear = linears[name]
+            records.append(describe_module(name, linear.weight, part, hessian, recipe.bits))
+            rounded = gptq.dequantize(part.codes, part.scales, bits=recipe.bits)
+            linears[name] = FloatLinear(rounded, linear.bias)
+            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
+            stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
+        layer = layer_of(floats, linears, config)
+    for conversation in inputs.conversations:
+        conversation.hidden = run_layer(layer, conversation, device).cpu()
+    biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
+    kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
+    return QuantizedLayer(kept | stored | biases, records)
+
+
+def stored_bias(floats: Layer, name: str) -> Tensor | None:
+    """A linear's bias as the GPTQ format keeps it, in float16, widened again."""
+    bias = floats.get(f"{name}.bias")
+    return None if bias is None else bias.to(torch.float16).float()
+
+
+def split_rounding(rounding: gptq.Rounding, rows: Mapping[str, int]) -> dict[str, gptq.Rounding]:
+    """Cut a rounded stack of weights into those of its linears, given their numbers of rows."""
+    codes, scales = rounding.codes.split(list(rows.values())), rounding.scales.split(list(rows.values()), dim=1)
+    return {name: gptq.Rounding(*parts, rounding.damping) for name, *parts in zip(rows, codes, scales, strict=True)}
+
+
+def describe_module(name: str, weight: Tensor, part: gptq.Rounding, hessian: Tensor, bits: int) -> ModuleRecord:
+    """What rounding `weight` cost, and what rounding it to the nearest code would have cost."""
+    group_size = weight.shape[1] // part.scales.shape[0]
+    nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
+    error, nearest_error = (
+        rounded_off(gptq.output_error(weight, gptq.dequantize(codes, part.scales, bits=bits), hessian))
+        for codes in (part.codes, nearest)
+    )
+    return ModuleRecord(
+        name=name, error=error, nearest_error=nearest_error, damping=part.damping, fallback=part.damping is None
+    )
+
+
+def rounded_off(error: float) -> float | None:
+    """Four digits of a relative error; None if it is not a number, which JSON cannot write."""
+    return float(f"{error:.4g}") if math.isfinite(error) else None
