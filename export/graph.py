@@ -4,7 +4,7 @@ Each piece is a function `piece(graph, input, weights, ...) -> output name`. Kno
 shapes; knows no checkpoints, folders or sessions. `vlquant.vision` is the same network in torch.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -22,6 +22,8 @@ CONTRIB = "com.microsoft"
 GRAPH_FILE = "model.onnx"
 DATA_FILE = "model.data"
 INPUT, OUTPUT = "pixel_values", "features"
+HIDDEN = "hidden_state_"
+"""What the names of hidden states start with: 0 is the embedding."""
 
 # A memory map starts at a page (Windows: at 64 KiB); tensors too small to be worth mapping stay close together.
 LARGE_TENSOR_BYTES = 1 << 20
@@ -63,6 +65,11 @@ class Graph:
         self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
         return output
 
+    def rename_last(self, name: str) -> str:
+        """Give the output of the newest node another name, and return it."""
+        self.nodes[-1].output[0] = name
+        return name
+
     def weight(self, name: str, tensor: Tensor) -> str:
         """Write a tensor to the weight file as float32 and return its name in the graph."""
         array = np.ascontiguousarray(tensor.float().numpy(), dtype="<f4")
@@ -93,12 +100,33 @@ def vision_model(weights: Weights, config: VisionConfig, *, weight_file: WeightF
     weights: canonical names without "model."; each is asked for once, in graph order, and let go.
     """
     graph = Graph(weight_file)
-    hidden = embed_patches(graph, INPUT, weights, config)
+    embed_patches(graph, INPUT, weights, config)
+    hidden = graph.rename_last(f"{HIDDEN}0")
     for index in range(config.layers_to_run):
-        hidden = encoder_layer(graph, hidden, weights, config, prefix=f"vision_tower.encoder.layer.{index}.")
+        encoder_layer(graph, hidden, weights, config, prefix=f"vision_tower.encoder.layer.{index}.")
+        hidden = graph.rename_last(f"{HIDDEN}{index + 1}")
     project(graph, shuffle_pixels(graph, drop_class_token(graph, hidden), config), weights)
-    graph.nodes[-1].output[0] = OUTPUT
+    graph.rename_last(OUTPUT)
     return _as_model(graph, config)
+
+
+def split_stages(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """`model` cut after every hidden state: models of one input and one output that share its weight file.
+
+    The stages are those of `vlquant.vision.vision_stages`.
+    """
+    initializers = {each.name: each for each in model.graph.initializer}
+    source, nodes = INPUT, []
+    for node in model.graph.node:
+        nodes.append(node)
+        target = node.output[0]
+        if target != OUTPUT and not target.startswith(HIDDEN):
+            continue
+        used = {name for each in nodes for name in each.input} & initializers.keys()
+        ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in (source, target)]
+        body = helper.make_graph(nodes, target, ends[:1], ends[1:], [initializers[name] for name in sorted(used)])
+        yield helper.make_model(body, opset_imports=model.opset_import, ir_version=model.ir_version)
+        source, nodes = target, []
 
 
 def _as_model(graph: Graph, config: VisionConfig) -> onnx.ModelProto:

@@ -7,13 +7,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy
+import onnx
 import torch
 from torch import Tensor
 
 from vlquant.calib_data.samples import samples
 from vlquant.config import ModelConfig
 from vlquant.errors import VlquantError
-from vlquant.export.graph import GRAPH_FILE, INPUT, OUTPUT
+from vlquant.export.graph import GRAPH_FILE, split_stages
 from vlquant.runtime.vision_session import open_session
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.vision import VisionConfig, vision_features
@@ -52,14 +54,13 @@ class Parity:
 
 
 def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> Parity:
-    """Compare the graph in `folder` with torch on tiles of drawn pictures.
+    """Compare the graph in `folder` with torch on tiles of drawn pictures, stage by stage on either side.
 
-    weights: what the graph was built from; asked for one by one, so that a large tower fits.
+    weights: what the graph was built from; asked for one by one. No more than one layer is in memory at a time.
     Raises VlquantError if a feature is not finite or the difference is beyond the tolerance.
     """
     tiles = real_tiles(config, TILES)
-    expected = torch_features(tiles, weights, config.vision)
-    parity = compare(expected, onnx_features(folder / GRAPH_FILE, tiles))
+    parity = compare(torch_features(tiles, weights, config.vision), onnx_features(folder, tiles))
     if not parity.accepted:
         raise VlquantError(
             f"the exported vision tower is refused ({parity}; accepted: {TOLERANCE:g} of that) and nothing was"
@@ -89,7 +90,18 @@ def torch_features(tiles: Tensor, weights: Mapping[str, Tensor], config: VisionC
     return vision_features(tiles, weights, config)
 
 
-def onnx_features(path: Path, tiles: Tensor) -> Tensor:
-    session = open_session(path, torch.device("cpu"), repack=False)  # 22 GB of InternViT-6B as a copy would not fit
-    batches = tiles.split(BATCHES)
-    return torch.cat([torch.from_numpy(session.run([OUTPUT], {INPUT: batch.numpy()})[0]) for batch in batches])
+def onnx_features(folder: Path, tiles: Tensor) -> Tensor:
+    """What ONNX Runtime makes of `tiles` with the graph in `folder`, one stage after the other."""
+    hidden = tiles.numpy()
+    starts = numpy.cumsum(BATCHES)[:-1]
+    # Beside the weight file, which its tensors name by a relative path.
+    path = folder / "stage.onnx"
+    try:
+        for stage in split_stages(onnx.load(folder / GRAPH_FILE, load_external_data=False)):
+            path.write_bytes(stage.SerializeToString())
+            session = open_session(path, torch.device("cpu"), repack=False)  # Weights stay in the mapped file.
+            (source,), (target,) = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
+            hidden = numpy.concatenate([session.run([target], {source: batch})[0] for batch in numpy.split(hidden, starts)])
+    finally:
+        path.unlink(missing_ok=True)
+    return torch.from_numpy(hidden)

@@ -4,8 +4,9 @@ Pure functions over a mapping of tensors; knows no files. Weight names are those
 layout without the leading "model.".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,7 @@ from torch import Tensor
 from vlquant.decoder import rms_norm
 
 Weights = Mapping[str, Tensor]
+Stage = Callable[[Tensor, Weights], Tensor]
 
 PROJECTOR_NORM_EPS = 1e-5  # nn.LayerNorm's default, which the original projector uses.
 
@@ -57,9 +59,23 @@ class VisionConfig:
 
 def vision_features(pixel_values: Tensor, weights: Weights, config: VisionConfig) -> Tensor:
     """Visual tokens [tiles, tokens_per_tile, language hidden] of `pixel_values` [tiles, 3, side, side]."""
-    hidden = embed_patches(pixel_values, weights, config)
-    for index in range(config.layers_to_run):
-        hidden = encoder_layer(hidden, weights, config, prefix=f"vision_tower.encoder.layer.{index}.")
+    hidden = pixel_values
+    for stage in vision_stages(config):
+        hidden = stage(hidden, weights)
+    return hidden
+
+
+def vision_stages(config: VisionConfig) -> list[Stage]:
+    """The network in stages, each from the one before: the embedding, every layer, and all that follows them.
+
+    Each asks for its own weights only, so that a tower larger than the memory can be run.
+    """
+    layers = [partial(encoder_layer, config=config, prefix=f"vision_tower.encoder.layer.{index}.") for index in range(config.layers_to_run)]
+    return [partial(embed_patches, config=config), *layers, partial(visual_tokens, config=config)]
+
+
+def visual_tokens(hidden: Tensor, weights: Weights, config: VisionConfig) -> Tensor:
+    """The last hidden state without its class token, as tokens of the language model."""
     return project(shuffle_pixels(hidden[:, 1:], config), weights)
 
 
