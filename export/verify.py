@@ -59,6 +59,7 @@ def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> 
     weights: what the graph was built from; asked for one by one. No more than one layer is in memory at a time.
     Raises VlquantError if a feature is not finite or the difference is beyond the tolerance.
     """
+    open_session(folder / GRAPH_FILE, torch.device("cpu"), repack=False)  # That the whole of it loads; it takes no memory.
     tiles = real_tiles(config, TILES)
     parity = compare(torch_features(tiles, weights, config.vision), onnx_features(folder, tiles))
     if not parity.accepted:

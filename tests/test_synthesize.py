@@ -1,7 +1,5 @@
 """Synthesized checkpoints are read, tokenized and answered by as published ones; every member has a shape and a tokenizer."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 from PIL import Image
@@ -19,18 +17,9 @@ from vlquant.synthesize import random_tensor, stored_shapes, synthesize
 from vlquant.synthetic_tokenizer import LAYOUTS
 from vlquant.tokenizer import load_tokenizer
 
+from tests.narrow_members import narrow
+
 ONE_OF_EACH = ("InternVL2-2B", "InternVL2-4B", "InternVL2-1B", "InternVL2-40B", "InternVL2-Llama3-76B", "InternVL2_5-1B", "InternVL3_5-1B")
-
-
-def narrow(name):
-    """A member with its own vocabulary, template and tower style, and next to no width."""
-    member = MEMBERS[name]
-    tower = replace(member.tower, hidden_size=32, layers=1, heads=2, intermediate_size=64)
-    more = {key: value for key, value in member.more.items() if key != "head_dim"}
-    if "rope_scaling" in more and "short_factor" in more["rope_scaling"]:
-        more["rope_scaling"] = more["rope_scaling"] | {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
-    shape = {"hidden_size": 64, "layers": 2, "heads": 4, "key_value_heads": 2, "intermediate_size": 64}
-    return replace(member, tower=tower, more=more, **shape)
 
 
 @pytest.mark.parametrize("name", ONE_OF_EACH)
