@@ -4,7 +4,7 @@ Each piece is a function `piece(graph, input, weights, ...) -> output name`. Kno
 shapes; knows no checkpoints, folders or sessions. `vlquant.vision` is the same network in torch.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -94,10 +94,13 @@ class Graph:
         return name
 
 
-def vision_model(weights: Weights, config: VisionConfig, *, weight_file: WeightFile) -> onnx.ModelProto:
+def vision_model(
+    weights: Weights, config: VisionConfig, *, weight_file: WeightFile, written: Callable[[int], None] = lambda layer: None
+) -> onnx.ModelProto:
     """The whole network, pixel_values [tiles, 3, side, side] to features [tiles, tokens, language hidden].
 
     weights: canonical names without "model."; each is asked for once, in graph order, and let go.
+    written: told how many layers are in the weight file.
     """
     graph = Graph(weight_file)
     embed_patches(graph, INPUT, weights, config)
@@ -105,6 +108,7 @@ def vision_model(weights: Weights, config: VisionConfig, *, weight_file: WeightF
     for index in range(config.layers_to_run):
         encoder_layer(graph, hidden, weights, config, prefix=f"vision_tower.encoder.layer.{index}.")
         hidden = graph.rename_last(f"{HIDDEN}{index + 1}")
+        written(index + 1)
     project(graph, shuffle_pixels(graph, drop_class_token(graph, hidden), config), weights)
     graph.rename_last(OUTPUT)
     return _as_model(graph, config)

@@ -3,11 +3,11 @@
 Knows a graph file and the tensors it was made from; decides nothing about folders.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-import numpy
 import onnx
 import torch
 from torch import Tensor
@@ -15,10 +15,11 @@ from torch import Tensor
 from vlquant.calib_data.samples import samples
 from vlquant.config import ModelConfig
 from vlquant.errors import VlquantError
+from vlquant.events import Event, Report, silent
 from vlquant.export.graph import GRAPH_FILE, split_stages
 from vlquant.runtime.vision_session import open_session
 from vlquant.tiling import cut_tiles, normalize
-from vlquant.vision import VisionConfig, vision_features
+from vlquant.vision import vision_stages
 
 TILES = 4
 BATCHES = (3, 1)  # several tiles and a single one: the tile axis must be free
@@ -53,15 +54,20 @@ class Parity:
         return self.largest_difference <= self.tolerance * self.feature_scale < float("inf")
 
 
-def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> Parity:
+@torch.inference_mode()
+def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, report: Report = silent) -> Parity:
     """Compare the graph in `folder` with torch on tiles of drawn pictures, stage by stage on either side.
 
     weights: what the graph was built from; asked for one by one. No more than one layer is in memory at a time.
     Raises VlquantError if a feature is not finite or the difference is beyond the tolerance.
     """
     open_session(folder / GRAPH_FILE, torch.device("cpu"), repack=False)  # That the whole of it loads; it takes no memory.
-    tiles = real_tiles(config, TILES)
-    parity = compare(torch_features(tiles, weights, config.vision), onnx_features(folder, tiles))
+    expected = actual = real_tiles(config, TILES)
+    stages = vision_stages(config.vision)
+    for index, (in_torch, in_onnx) in enumerate(zip(stages, onnx_stages(folder), strict=True)):
+        expected, actual = in_torch(expected, weights), in_onnx(actual)
+        report(Event("comparison", index + 1, len(stages)))
+    parity = compare(expected, actual)
     if not parity.accepted:
         raise VlquantError(
             f"the exported vision tower is refused ({parity}; accepted: {TOLERANCE:g} of that) and nothing was"
@@ -86,23 +92,20 @@ def real_tiles(config: ModelConfig, count: int) -> Tensor:
     return normalize(tiles[:count])
 
 
-@torch.inference_mode()
-def torch_features(tiles: Tensor, weights: Mapping[str, Tensor], config: VisionConfig) -> Tensor:
-    return vision_features(tiles, weights, config)
-
-
-def onnx_features(folder: Path, tiles: Tensor) -> Tensor:
-    """What ONNX Runtime makes of `tiles` with the graph in `folder`, one stage after the other."""
-    hidden = tiles.numpy()
-    starts = numpy.cumsum(BATCHES)[:-1]
-    # Beside the weight file, which its tensors name by a relative path.
-    path = folder / "stage.onnx"
+def onnx_stages(folder: Path) -> Iterator[Callable[[Tensor], Tensor]]:
+    """The graph in `folder` in its stages, each run by ONNX Runtime in the batches of BATCHES."""
+    path = folder / "stage.onnx"  # Beside the weight file, which its tensors name by a relative path.
     try:
         for stage in split_stages(onnx.load(folder / GRAPH_FILE, load_external_data=False)):
             path.write_bytes(stage.SerializeToString())
-            session = open_session(path, torch.device("cpu"), repack=False)  # Weights stay in the mapped file.
-            (source,), (target,) = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
-            hidden = numpy.concatenate([session.run([target], {source: batch})[0] for batch in numpy.split(hidden, starts)])
+            yield partial(run_stage, path)
     finally:
         path.unlink(missing_ok=True)
-    return torch.from_numpy(hidden)
+
+
+def run_stage(path: Path, hidden: Tensor) -> Tensor:
+    """Output of a graph with one input and one output."""
+    session = open_session(path, torch.device("cpu"), repack=False)  # Weights stay in the mapped file.
+    (source,), (target,) = ([end.name for end in ends] for ends in (session.get_inputs(), session.get_outputs()))
+    outputs = [session.run([target], {source: batch.numpy()})[0] for batch in hidden.split(BATCHES)]
+    return torch.cat([torch.from_numpy(output) for output in outputs])

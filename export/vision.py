@@ -30,7 +30,7 @@ from vlquant.shards import file_hash
 from vlquant.vision_manifest import ParityRecord, VisionManifest, read_vision_manifest
 
 FILES = (DATA_FILE, GRAPH_FILE)
-STAGE = "vision"
+STAGE = "vision layers"
 
 
 def export_vision(
@@ -54,10 +54,8 @@ def export_vision(
         return output
     require_space(output, weights.float32_bytes())
     with publishing(output) as partial:
-        report(Event(STAGE, message=f"{output}: writing {model.config.vision.layers_to_run} layers"))
-        write_graph(partial, weights, model.config)
-        report(Event(STAGE, message=f"{output}: comparing ONNX Runtime with torch on drawn pictures"))
-        parity = verify(partial, weights, model.config)
+        write_graph(partial, weights, model.config, report=report)
+        parity = verify(partial, weights, model.config, report=report)
         manifest = _manifest(model.config, source_hash, parity=ParityRecord(**asdict(parity)), folder=partial)
         write_manifest(partial, manifest)
     report(Event(STAGE, message=f"{output}: {parity}"))
@@ -96,10 +94,14 @@ class VisionWeights(Mapping):
         return digest.hexdigest()
 
 
-def write_graph(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+def write_graph(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, report: Report = silent) -> None:
     """Write model.data tensor by tensor, then model.onnx. Raises BrokenCheckpoint if onnx's checker objects."""
+    layers = config.vision.layers_to_run
     with open(folder / DATA_FILE, "wb") as file:
-        model = vision_model(weights, config.vision, weight_file=WeightFile(file))
+        weight_file = WeightFile(file)
+        model = vision_model(
+            weights, config.vision, weight_file=weight_file, written=lambda layer: report(Event(STAGE, layer, layers))
+        )
     (folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(str(folder / GRAPH_FILE))

@@ -171,6 +171,13 @@ def test_a_complete_export_is_kept(checkpoint, tmp_path):
     assert [event.message for event in events] == [f"{output}: already exported from the same weights"]
 
 
+def test_progress_is_reported_layer_by_layer(tmp_path):
+    events = []
+    export_vision(GOLDEN / SMALL, output=tmp_path / "vision", report=events.append)
+    steps = [(event.stage, event.done, event.total) for event in events if event.total]
+    assert steps == [("vision layers", done, 4) for done in range(1, 5)] + [("comparison", done, 6) for done in range(1, 7)]
+
+
 def test_a_damaged_export_is_written_again(checkpoint, tmp_path):
     output = export_vision(checkpoint, output=tmp_path / "vision")
     whole = (output / "model.data").read_bytes()
@@ -215,8 +222,8 @@ def test_weights_that_are_not_finite_are_refused(bad, checkpoint, tmp_path):
 
 
 def test_a_graph_that_computes_something_else_is_refused(checkpoint, tmp_path, monkeypatch):
-    wrong = verify.onnx_features
-    monkeypatch.setattr(verify, "onnx_features", lambda *arguments: wrong(*arguments) * 1.001)
+    right = verify.run_stage
+    monkeypatch.setattr(verify, "run_stage", lambda *arguments: right(*arguments) * 1.001)
     with pytest.raises(VlquantError, match="is refused"):
         export_vision(checkpoint, output=tmp_path / "vision")
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint"]

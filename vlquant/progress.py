@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from vlquant.events import Event
 
@@ -17,7 +17,8 @@ LINE_SECONDS = 15
 def drawn_progress() -> Iterator[Callable[[Event | str], None]]:
     """What to report to: events with steps move the bar of their stage, messages and plain lines are printed."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+    times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), *times
     bars = Progress(*columns, console=console, transient=True)
     last_line = time.monotonic()
 
