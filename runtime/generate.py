@@ -40,6 +40,7 @@ class Generation:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty texts"),
         ):
             if not valid:

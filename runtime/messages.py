@@ -47,7 +47,7 @@ def read_messages(file: str) -> list[dict]:
     name = "standard input" if file == "-" else file
     try:
         contents = json.loads(sys.stdin.read() if file == "-" else Path(file).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InvalidRequest(f"{name} holds no messages ({error}); give a JSON file with a list of messages") from None
     messages = contents.get("messages") if isinstance(contents, dict) else contents
     if not isinstance(messages, list) or not is_conversation(messages):
@@ -68,6 +68,14 @@ class Content:
     """Texts in their order, None where a picture is."""
     pictures: list = field(default_factory=list)
     videos: list = field(default_factory=list)
+    early_video: bool = True
+    """Whether nothing stands in front of the video: its frames are put there."""
+
+    @property
+    def places_its_own(self) -> bool:
+        """Whether the texts hold no placeholder, or exactly those of the message's pictures."""
+        held = sum(piece.count(IMAGE_PLACEHOLDER) for piece in self.pieces if piece is not None)
+        return held in (0, len(self.pictures))
 
     def text(self, *, numbered: bool) -> str:
         """The message as the prompt has it: numbered pictures go first, as the original is asked; others stay where they are."""
@@ -79,13 +87,18 @@ class Content:
 
 def _from_messages(messages: Sequence[Mapping], *, numbered: bool) -> Request:
     """System message first if any, then user and assistant in turn, a user's message last."""
-    system, turns, images, videos = None, [], [], []
+    system, turns, images, videos, placed = None, [], [], [], []
     for index, message in enumerate(messages):
         role = message.get("role") if isinstance(message, Mapping) else None
         content = _content(message.get("content")) if role else Content()
+        if role != "user" and (content.pictures or content.videos):
+            raise InvalidRequest(f"message {index + 1} of role {role!r} holds a picture or video; only the user's can")
+        placed.append(content.places_its_own)
         if role == "system" and index == 0:
             system = content.text(numbered=numbered)
         elif role == "user" and (not turns or len(turns[-1]) == 2):
+            if not (numbered or content.early_video):
+                raise InvalidRequest(f"message {index + 1} has its video behind other parts; put it first")
             turns.append((content.text(numbered=numbered),))
             images += content.pictures
             videos += content.videos
@@ -97,6 +110,11 @@ def _from_messages(messages: Sequence[Mapping], *, numbered: bool) -> Request:
             )
     if not turns or len(turns[-1]) == 2:
         raise InvalidRequest("the last message has to be the user's; add one")
+    if images and not all(placed):
+        raise InvalidRequest(
+            f"message {placed.index(False) + 1} has {IMAGE_PLACEHOLDER} in its text but not as many pictures, so that another "
+            "message's would be put there; take it out of the text, or place that message's pictures with it"
+        )
     if videos and (len(turns) > 1 or images or len(videos) > 1):
         raise InvalidRequest("a video has to be alone in the only question; leave out pictures, other videos and earlier turns")
     return Request(
@@ -119,6 +137,7 @@ def _content(content: object) -> Content:
             found.pictures.append(_address(part[kind]))
         elif kind in VIDEOS and kind in part:
             found.videos.append(_address(part[kind]))
+            found.early_video = found.early_video and not found.pieces
         else:
             raise InvalidRequest(
                 f'a message part of type {kind!r} is not understood; use {{"type": "text", "text": ...}}, '
@@ -130,4 +149,8 @@ def _content(content: object) -> Content:
 def _address(part: object) -> object:
     """A picture or video: what is under "url", or the thing itself; file:// names a file here."""
     address = part.get("url") if isinstance(part, Mapping) else part
-    return address.removeprefix("file://") if isinstance(address, str) else address
+    if isinstance(address, str) and address:
+        return address.removeprefix("file://")
+    if address is None or isinstance(address, str | int | float | Mapping):
+        raise InvalidRequest(f"a picture or video of a message is given as {address!r}; give a file, a data URL or a PIL image")
+    return address

@@ -253,7 +253,8 @@ class Pipeline:
         for row, visual in enumerate(features):
             places = (ids[row] == self._image_id).nonzero()[:, 0]
             given = 0 if visual is None else len(visual)
-            if len(places) != given:
+            # Without pictures it is text like any other, as in the original.
+            if visual is not None and len(places) != given:
                 raise InvalidRequest(
                     f"the conversation has {len(places)} places for visual tokens and its pictures give {given}; "
                     "write <image> once for each picture, and leave <IMG_CONTEXT> to vlquant"

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image
 
 from vlquant.errors import InvalidRequest, MissingDependency
-from vlquant.request import Request
+from vlquant.request import Request, is_file
 from vlquant.tiling import frame_indices
 
 
@@ -26,7 +26,7 @@ def read_frames(
         ) from error
     if count < 1:
         raise InvalidRequest(f"{count} frames cannot be taken from {path}; ask for 1 or more")
-    if not Path(path).is_file():
+    if not is_file(Path(path)):
         raise InvalidRequest(f"{path}: there is no such video file; check the path")
     try:
         reader = decord.VideoReader(str(path), ctx=decord.cpu(0), num_threads=1)

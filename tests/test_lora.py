@@ -83,3 +83,40 @@ def test_adapter_files_are_refused(copied):
     (copied / "adapter_config.json").write_text("{}")
     with pytest.raises(UnsupportedCheckpoint, match="adapter_config.json"):
         open_model(copied)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("language_model.model.layers.0.attention.wo.ia3_l.default", "ia3_l.default"),
+        ("language_model.model.layers.0.attention.wo.oft_r.default", "oft_r.default"),
+        ("language_model.prompt_encoder.default.embedding.weight", "prompt_encoder"),
+        ("language_model.output.modules_to_save.default.weight", "modules_to_save"),
+        ("language_model.base_model.model.model.layers.77.attention.wo.weight", "layers.77"),
+        ("language_model.model.layers.0.attention.wo.lora_B.default.weight", "only one factor"),
+    ],
+)
+def test_whatever_else_training_left_is_refused(copied, name, words):
+    tensors = load_file(copied / "model.safetensors")
+    save_file(tensors | {name: torch.zeros(4, 4)}, copied / "model.safetensors")
+    with pytest.raises(UnsupportedCheckpoint, match=words):
+        open_model(copied)
+
+
+@pytest.mark.parametrize("target", ["self_attn.qkv_proj", "attention.wo"])
+def test_adapters_of_another_model_or_shape_are_refused(copied, target):
+    tensors = load_file(copied / "model.safetensors")
+    module = f"language_model.base_model.model.model.layers.0.{target}"
+    factors = {f"{module}.lora_A.default.weight": torch.zeros(RANK, 5), f"{module}.lora_B.default.weight": torch.zeros(7, RANK)}
+    save_file(tensors | factors, copied / "model.safetensors")
+    note_ranks(copied, use_llm_lora=RANK)
+    with pytest.raises(UnsupportedCheckpoint, match="no plain LoRA of this model"):
+        open_model(copied)
+
+
+@pytest.mark.parametrize("name", ["adapter/adapter_config.json", "default/adapter_model.safetensors", "adapter_model.pt"])
+def test_adapters_in_files_of_their_own_are_refused(copied, name):
+    (copied / name).parent.mkdir(exist_ok=True)
+    (copied / name).write_bytes(b"{}")
+    with pytest.raises(UnsupportedCheckpoint, match="adapter"):
+        open_model(copied)

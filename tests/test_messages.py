@@ -121,11 +121,25 @@ def test_answers_take_messages_everywhere(named_case, pictures):
         ([{"role": "user", "content": "a"}, "b"], "message 2"),
         ([{"role": "assistant", "content": "a"}], "out of turn"),
         ([{"role": "user", "content": [part("video", "a.mp4"), part("image", "b.png")]}], "a video has to be alone"),
+        ([{"role": "system", "content": [part("image", "b.png")]}, {"role": "user", "content": "a"}], "only the user's can"),
+        ([{"role": "user", "content": [part("video_url", {"url": None})]}], "given as None"),
+        ([{"role": "user", "content": [part("image_url", {"url": 5})]}], "given as 5"),
+        (
+            [{"role": "user", "content": "q"}, {"role": "assistant", "content": "use <image>"},
+             {"role": "user", "content": [part("image", "b.png"), part("text", "what")]}],
+            "message 2 has <image>",
+        ),
     ],
 )
 def test_messages_that_are_none(messages, said):
     with pytest.raises(InvalidRequest, match=said):
         as_request(messages)
+
+
+def test_text_may_place_its_own_pictures():
+    own = [{"role": "user", "content": [part("image", "a.png"), part("text", "Is <image> red?")]}]
+    assert as_request(own) == Request("Is <image> red?", images=("a.png",))
+    assert as_request([{"role": "user", "content": "What does <image> mean?"}]) == Request("What does <image> mean?")
 
 
 def test_messages_from_a_file(tmp_path, pictures, monkeypatch):

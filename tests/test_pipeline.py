@@ -234,7 +234,7 @@ def test_dynamic_rope_stretches_the_context():
 @pytest.mark.parametrize(
     "request_",
     [
-        Request("no picture for this <IMG_CONTEXT>"),
+        Request("one picture, more room <IMG_CONTEXT>", images=[picture("square_448.png")]),
         Request("And this?", images=[picture("square_448.png")], history=(("a", "b"),)),
         Request("x", images=["missing.png"]),
         Request("x", images=[b"no picture"]),

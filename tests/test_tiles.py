@@ -55,5 +55,21 @@ def test_what_cannot_be_written(tmp_path, target):
 
 
 def test_too_few_tiles():
-    with pytest.raises(InvalidRequest, match="at least 1"):
+    with pytest.raises(InvalidRequest, match="1 to 1024"):
         tiles(Image.new("RGB", (30, 20)), max_tiles=0)
+
+
+@pytest.mark.parametrize("name", ["precious.txt", "folder", "in.png"])
+def test_drawing_spoils_nothing(name, tmp_path):
+    (tmp_path / "folder").mkdir()
+    Image.new("RGB", (50, 20)).save(tmp_path / "in.png")
+    (tmp_path / "precious.txt").write_text("precious")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    with pytest.raises(InvalidRequest):
+        tiles(str(tmp_path / "in.png"), draw=tmp_path / name)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
+
+
+def test_very_many_tiles_are_refused_at_once():
+    with pytest.raises(InvalidRequest, match="1 to 1024"):
+        tiles(Image.new("RGB", (50, 20)), max_tiles=200_000)

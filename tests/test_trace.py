@@ -93,8 +93,29 @@ def test_history_decides_about_the_placeholder(small_case, tmp_path):
     assert "<IMG_CONTEXT></img>\nWhat?" in prompts["none/prompt"] and "<img>" in prompts["earlier/prompt"]
     assert "<img>" not in prompts["text/prompt"]
     missing = [{**calls[1], "history": []}]
-    with pytest.raises(InvalidRequest, match="placeholder"):
+    with pytest.raises(InvalidRequest, match="0 places for visual tokens"):
         trace(small_case.folder, write_request(tmp_path / "r.json", {"calls": missing}), tmp_path / "t.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("call", "ids"),
+    [
+        ({"call": "chat", "question": "<IMG_CONTEXT>"}, [1]),
+        ({"call": "chat", "question": "<image>", "num_patches_list": [1]}, [16]),
+        ({"call": "chat", "question": "hi", "num_patches_list": [1]}, [0]),
+        ({"call": "batch_chat", "questions": ["<image>x", "y"], "num_patches_list": [1, 0]}, [16, 0]),
+        ({"call": "chat", "question": "What?", "images": [{"file": "frame_0.png", "max_num": 1}], "num_patches_list": [1, 0]}, [16]),
+    ],
+)
+def test_what_the_original_answers_without_minding(small_case, tmp_path, call, ids):
+    """Without pixel_values chat() embeds every id as text, and a count without placeholder replaces nothing."""
+    for image in call.get("images", []):
+        image["file"] = str(small_case.folder.parent / "images" / "frame_0.png")
+    request = write_request(tmp_path / "r.json", {"calls": [{"key": "a", "max_new_tokens": 1, **call}]})
+    tensors = load_file(trace(small_case.folder, request, tmp_path / "t.safetensors"))
+    image_id = small_case.header["img_context_token_id"]
+    assert (tensors["a/input_ids"] == image_id).sum(1).tolist() == ids
+    assert ("a/features" in tensors) == ("images" in call)
 
 
 CALL = {"key": "a", "call": "chat", "question": "What?"}
@@ -108,6 +129,11 @@ CALL = {"key": "a", "call": "chat", "question": "What?"}
         ({"calls": [{**CALL, "temperature": 1}]}, "temperature"),
         ({"calls": [{**CALL, "call": "ask"}]}, "calls.0"),
         ({"calls": [CALL, CALL]}, "several calls"),
+        ({"calls": [{**CALL, "question": "\ud800"}]}, "no UTF-8"),
+        ({"calls": [{**CALL, "key": "\ud800"}]}, "no UTF-8"),
+        ({"calls": [{**CALL, "max_new_tokens": 10**13}]}, "max_new_tokens"),
+        ({"calls": [{**CALL, "num_patches_list": [-1]}]}, "num_patches_list"),
+        ({"calls": [{**CALL, "images": [{"file": "x" * 300}]}]}, "does not exist"),
         ({"calls": [{**CALL, "history": [["q"]]}]}, "history"),
         ({"calls": [{**CALL, "num_patches_list": [1], "images": [{"file": "x.png"}]}]}, "x.png does not exist"),
         ({"calls": [{"key": "a", "call": "batch_chat", "questions": ["What?"]}]}, "num_patches_list"),

@@ -186,7 +186,7 @@ def read_json(path: Path) -> dict:
         raise _lfs_pointer(path)
     try:
         value = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BrokenCheckpoint(f"{path} is not valid JSON ({error}); download it again") from None
     if not isinstance(value, dict):
         raise BrokenCheckpoint(f"{path} holds no JSON object; download it again")

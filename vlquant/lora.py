@@ -4,7 +4,8 @@ InternVL's training wraps vision tower and language model by PEFT, with alpha = 
 config.json (use_backbone_lora, use_llm_lora); its merge tool computes what is computed here.
 """
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,11 @@ DOWN, UP = ".lora_A.default.weight", ".lora_B.default.weight"
 RANK_KEYS = {"vision_model.": "use_backbone_lora", "language_model.": "use_llm_lora"}
 SCALE = 2.0
 """alpha / rank, the same in every InternVL training script."""
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.*")
+MARKS = re.compile(
+    r"base_model\.model\.|\.base_layer|\.lora_|\.modules_to_save|\.original_module|prompt_encoder|prompt_embeddings|\.default(\.|$)"
+)
+"""What PEFT leaves in names: its wrappers, its methods, and "default", which every adapter of InternVL's training is called."""
 
 
 @dataclass(frozen=True)
@@ -56,29 +61,51 @@ def merge_adapters(checkpoint: Checkpoint, config: Mapping) -> Checkpoint:
     without guessing: of unknown scale, of another kind than plain LoRA, or in files of their own.
     """
     refuse_adapter_files(checkpoint.folder)
-    if not any(WRAPPER in name or ".lora_" in name for name in checkpoint):
+    if not any(WRAPPER in name or BASE in name or ".lora_" in name for name in checkpoint):
         return checkpoint
     strange = [name for name in checkpoint if ".lora_" in name and not name.endswith((DOWN, UP))]
     if strange:
-        raise UnsupportedCheckpoint(
-            f"{checkpoint.folder} holds {strange[0]}, which is no plain LoRA; merge the adapters with the tool that trained them"
-        )
+        raise no_plain_lora(checkpoint, strange[0])
+    linears = sorted({name.removesuffix(kind) for name in checkpoint for kind in (DOWN, UP) if name.endswith(kind)})
     adapters = {}
-    for name in checkpoint:
-        if name.endswith(DOWN):
-            linear = name.removesuffix(DOWN)
-            adapter = Adapter(name, linear + UP)
-            require_known_scale(checkpoint, adapter, config)
-            adapters[plain_name(linear) + ".weight"] = adapter
-    return MergedCheckpoint(checkpoint, adapters)
+    for linear in linears:
+        adapter = Adapter(linear + DOWN, linear + UP)
+        require_known_scale(checkpoint, adapter, config)
+        adapters[plain_name(linear) + ".weight"] = adapter
+    merged = MergedCheckpoint(checkpoint, adapters)
+    for name, adapter in adapters.items():
+        expected = (*checkpoint.shape(adapter.up)[:1], *checkpoint.shape(adapter.down)[1:])
+        if name not in merged or merged.shape(name) != expected:
+            raise no_plain_lora(checkpoint, adapter.down)
+    return merged
+
+
+def refuse_remains(checkpoint: Checkpoint, used: Set[str]) -> None:
+    """Raise UnsupportedCheckpoint if training left anything that reading the model does not take into account.
+
+    used: stored names, as before wrapping, of all tensors of the model.
+    """
+    left = [name for name in checkpoint.adapters if name not in used]
+    stored = getattr(checkpoint, "wrapped", checkpoint)
+    left += [name for name in stored if MARKS.search(name) and ".lora_" not in name and plain_name(name) not in used]
+    if left:
+        raise no_plain_lora(checkpoint, left[0])
+
+
+def no_plain_lora(checkpoint: Checkpoint, name: str) -> UnsupportedCheckpoint:
+    """The error for what fine-tuning has left and cannot be merged."""
+    return UnsupportedCheckpoint(
+        f"{checkpoint.folder} holds {name}, which is no plain LoRA of this model; merge the adapters with the tool that trained them"
+    )
 
 
 def require_known_scale(checkpoint: Checkpoint, adapter: Adapter, config: Mapping) -> None:
     """Raise UnsupportedCheckpoint unless the adapter has both factors and the rank that config.json notes."""
     key = next((key for start, key in RANK_KEYS.items() if adapter.down.startswith(start)), None)
-    rank, noted = checkpoint.shape(adapter.down)[0], config.get(key) if key else None
-    if adapter.up not in checkpoint or rank != noted:
-        reason = f"rank {rank} where config.json notes {key or 'no rank'} {noted}" if adapter.up in checkpoint else "only one factor"
+    both = adapter.up in checkpoint and adapter.down in checkpoint
+    rank, noted = checkpoint.shape(adapter.down)[0] if both else None, config.get(key) if key else None
+    if not both or rank != noted:
+        reason = f"rank {rank} where config.json notes {key or 'no rank'} {noted}" if both else "only one factor"
         raise UnsupportedCheckpoint(
             f"{checkpoint.folder}: the LoRA adapter {adapter.down.removesuffix(DOWN)} has {reason}, so its scale is unknown; "
             "merge the adapters with the tool that trained them"
@@ -87,10 +114,10 @@ def require_known_scale(checkpoint: Checkpoint, adapter: Adapter, config: Mappin
 
 def refuse_adapter_files(folder: Path) -> None:
     """Raise UnsupportedCheckpoint if a PEFT adapter lies beside the weights: nobody says whether they contain it."""
-    found = [name for name in ADAPTER_FILES if (folder / name).exists()]
+    found = [path for name in ADAPTER_FILES for pattern in (name, f"*/{name}") for path in folder.glob(pattern)]
     if found:
         raise UnsupportedCheckpoint(
-            f"{folder} holds a PEFT adapter ({found[0]}) of its own; merge it into the weights and remove its files"
+            f"{folder} holds a PEFT adapter ({found[0].relative_to(folder)}) of its own; merge it into the weights and remove its files"
         )
 
 

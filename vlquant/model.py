@@ -23,7 +23,7 @@ from vlquant.family import (
     stored_name,
 )
 from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
-from vlquant.lora import merge_adapters
+from vlquant.lora import merge_adapters, refuse_remains
 from vlquant.members import KNOWN_MODELS, nearest_names
 
 HUB_OWNER = "OpenGVLab"
@@ -84,6 +84,10 @@ class Model:
             raise BrokenCheckpoint(f"{self.folder}: {stored} has {shape[0]} rows, config.json asks for {sum(rows)}")
         return (rows[self._part(fusion, name)], *shape[1:])
 
+    def stored_name(self, name: str) -> str:
+        """Name in the files of the tensor, perhaps a fused one, that holds the one with canonical `name`."""
+        return name if name in self.checkpoint else self._stored(name)[0]
+
     def _stored(self, name: str) -> tuple[str, Fusion | None]:
         alias = hf_stored_name(name)
         if alias in self.checkpoint:
@@ -139,6 +143,7 @@ def open_model(folder: str | Path) -> Model:
     for name, expected in tensor_shapes(config).items():
         if not is_quantized(model, name):
             _check_shape(model, name, expected)
+    refuse_remains(model.checkpoint, {model.stored_name(name) for name in tensor_shapes(config)})
     return model
 
 

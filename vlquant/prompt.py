@@ -127,14 +127,14 @@ def _message(template: Template, role: str, text: str | None, separator: str) ->
     return role + template.text_lead + text + separator if text else role
 
 
-def expand_images(prompt: str, tiles_per_image: Sequence[int], tokens_per_tile: int) -> str:
+def expand_images(prompt: str, tiles_per_image: Sequence[int], tokens_per_tile: int, *, strict: bool = True) -> str:
     """Replace one `<image>` after the other by as many context tokens as that picture has.
 
-    Placeholders beyond the last picture stay literal text. Raises InvalidRequest if there are
-    fewer placeholders than pictures.
+    Placeholders beyond the last picture stay literal text. Raises InvalidRequest if there are fewer placeholders than
+    pictures; not strict, pictures beyond the last placeholder are passed over, as the original does.
     """
     placeholders = prompt.count(IMAGE_PLACEHOLDER)
-    if placeholders < len(tiles_per_image):
+    if strict and placeholders < len(tiles_per_image):
         raise InvalidRequest(
             f"{len(tiles_per_image)} pictures were given but the conversation has {placeholders} {IMAGE_PLACEHOLDER} "
             f"placeholders; write one {IMAGE_PLACEHOLDER} per picture where it belongs"

@@ -20,12 +20,14 @@ from vlquant.prompt import (
     frame_placeholders,
     picture_placeholders,
 )
-from vlquant.tiling import Box, normalize, tile_picture
+from vlquant.tiling import Box, normalize, require_tiles, tile_picture
 from vlquant.tokenizer import Tokenizer
 
 Picture = str | os.PathLike | bytes | Image.Image
 
 DATA_URL_START = "data:"
+BROKEN_PICTURE = (OSError, ValueError, SyntaxError, EOFError, NotImplementedError, RuntimeError)
+"""What Pillow's readers raise, each its own."""
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,7 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
     frames = _frames(request.video)
     chat = config.chat
     max_tiles = chat.max_tiles if request.max_tiles is None else request.max_tiles
-    if max_tiles < 1:
-        raise InvalidRequest(f"max_tiles is {max_tiles}, but a picture needs at least one tile; give 1 or more")
+    require_tiles(min(chat.min_tiles, max_tiles) if max_tiles > 0 else 1, max_tiles)
     limits = [(picture, chat.min_tiles, max_tiles) for picture in pictures]
     limits += [(frame, 1, 1) for frame in frames]
     tiles, tile_map = [], []
@@ -115,6 +116,7 @@ def encode_prompt(
     system = chat.system_message if request.system_message is None else request.system_message
     turns = [*(request.history or ()), (question, None)]
     prompt = build_prompt(chat.conversation, turns, system_message=system)
+    require_text(prompt)
     prompt = expand_images(prompt, tiles_per_image, chat.tokens_per_tile)
     ids = tokenizer.encode(prompt)
     expected, found = sum(tiles_per_image) * chat.tokens_per_tile, ids.count(tokenizer.token_id(chat.image_token))
@@ -124,6 +126,14 @@ def encode_prompt(
             f"take {chat.image_token} out of the text"
         )
     return prompt, ids
+
+
+def require_text(text: str) -> None:
+    """Raise InvalidRequest for half a character, as bytes that are no UTF-8 leave behind: no tokenizer has an id for it."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise InvalidRequest("the text holds bytes that are no UTF-8; write it anew") from None
 
 
 def encode_answer(
@@ -156,23 +166,31 @@ def open_image(picture: Picture) -> Image.Image:
     if str(picture).startswith(("http://", "https://")):
         raise InvalidRequest(f"{picture} is not fetched from the network; download it and give the file")
     path = Path(picture)
-    if not path.is_file():
+    if not is_file(path):
         raise InvalidRequest(f"picture {path} does not exist; give an existing picture file")
     return _decode(path, f"picture {path}")
+
+
+def is_file(path: Path) -> bool:
+    """Whether there is such a file; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False
 
 
 def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (*BROKEN_PICTURE, Image.DecompressionBombError) as error:
         raise _unreadable(name, error) from None
 
 
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     try:
         return image.convert("RGB")
-    except (OSError, ValueError, SyntaxError, EOFError) as error:
+    except BROKEN_PICTURE as error:
         raise _unreadable(name, error) from None
 
 

@@ -1,5 +1,7 @@
 """`vlquant tiles`: what a model sees of a picture: how it is cut, and how many tokens that makes."""
 
+import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,7 +11,7 @@ from vlquant.config import read_config
 from vlquant.errors import InvalidRequest
 from vlquant.model import resolve_model
 from vlquant.request import Picture, open_image
-from vlquant.tiling import Box, choose_grid, tile_boxes
+from vlquant.tiling import Box, choose_grid, require_tiles, tile_boxes
 
 TILE_SIZE, TOKENS_PER_TILE, MAX_TILES = 448, 256, 12
 """Of every published InternVL, where no model is named."""
@@ -51,11 +53,12 @@ def tiles(
         size, tokens_per_tile, use_thumbnail = chat.image_size, chat.tokens_per_tile, chat.use_thumbnail
         most, least = chat.max_tiles, chat.min_tiles
     most = most if max_tiles is None else max_tiles
-    if most < least:
-        raise InvalidRequest(f"max_tiles is {most}, but a picture needs at least {least}; give {least} or more")
+    require_tiles(least, most)
     grid = choose_grid(*picture.size, min_tiles=least, max_tiles=most, image_size=size)
     boxes = tuple(tile_boxes(picture.size, grid, use_thumbnail=use_thumbnail))
     if draw is not None:
+        if isinstance(image, str | os.PathLike) and Path(draw).exists() and os.path.samefile(draw, image):
+            raise InvalidRequest(f"{draw} is the picture itself; name another file to draw on")
         save(draw_grid(picture, boxes[: grid[0] * grid[1]]), Path(draw))
     return Tiling(picture.size, grid, boxes, len(boxes) * tokens_per_tile)
 
@@ -72,8 +75,13 @@ def draw_grid(picture: Image.Image, boxes: tuple[Box, ...]) -> Image.Image:
 
 def save(picture: Image.Image, path: Path) -> None:
     """Write a picture file; raises InvalidRequest if Pillow cannot write one there."""
+    partial = path.with_name(f".{path.name}.partial")
     try:
-        picture.save(path)
-    except (OSError, ValueError) as error:
-        path.unlink(missing_ok=True)
-        raise InvalidRequest(f"{path} cannot be written ({error}); name a .png or .jpg file in an existing folder") from None
+        kind = Image.registered_extensions()[path.suffix.lower()]
+        picture.save(partial, format=kind)
+        os.replace(partial, path)
+    except (OSError, ValueError, KeyError) as error:
+        with suppress(OSError):
+            partial.unlink(missing_ok=True)
+        reason = "no kind of picture has that ending" if isinstance(error, KeyError) else error
+        raise InvalidRequest(f"{path} cannot be written ({reason}); name a .png or .jpg file in an existing folder") from None

@@ -8,17 +8,28 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from vlquant.errors import InvalidRequest
+
 MEAN = (0.485, 0.456, 0.406)
 STANDARD_DEVIATION = (0.229, 0.224, 0.225)
 
+MOST_TILES = 1024
+"""More of one picture no InternVL has room for."""
+
 Box = tuple[float, float, float, float]
+
+
+def require_tiles(min_tiles: int, max_tiles: int) -> None:
+    """Raise InvalidRequest unless a picture can be cut into that many tiles."""
+    if not 1 <= min_tiles <= max_tiles <= MOST_TILES:
+        raise InvalidRequest(f"max_tiles is {max_tiles}, but a picture is cut into {min_tiles} to {MOST_TILES} tiles; give one of these")
 
 
 @lru_cache
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[tuple[int, int], ...]:
     """All (columns, rows) with min_tiles <= columns * rows <= max_tiles, fewest tiles first."""
     sides = range(1, max_tiles + 1)
-    grids = [(columns, rows) for columns in sides for rows in sides if min_tiles <= columns * rows <= max_tiles]
+    grids = [(columns, rows) for columns in sides for rows in range(-(-min_tiles // columns), max_tiles // columns + 1)]
     return tuple(sorted(grids, key=lambda grid: (grid[0] * grid[1], grid)))
 
 

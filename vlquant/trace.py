@@ -14,14 +14,18 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vlquant.checkpoint import read_json
-from vlquant.errors import InvalidRequest, OutputRefused
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.events import Event, Report, silent
-from vlquant.prompt import IMAGE_PLACEHOLDER
-from vlquant.request import EncodedRequest, Request, encode_prompt, open_image
+from vlquant.prompt import IMAGE_PLACEHOLDER, build_prompt, expand_images
+from vlquant.request import EncodedRequest, open_image, require_text
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Batch, Pipeline, load
-from vlquant.tiling import tile_picture
+from vlquant.tiling import MOST_TILES, tile_picture
 from vlquant.trace_difference import KEYS
+
+
+Count = Annotated[int, Field(ge=0)]
+Steps = Annotated[int, Field(ge=1, le=32768)]
 
 
 class Strict(BaseModel):
@@ -35,7 +39,8 @@ class ImageFile(Strict):
 
     file: str
     """Absolute, or relative to the request file."""
-    max_num: int = Field(12, ge=1)
+    max_num: int = Field(12, ge=1, le=MOST_TILES)
+    min_num: int = Field(1, ge=1, le=MOST_TILES)
 
 
 class ChatCall(Strict):
@@ -47,8 +52,8 @@ class ChatCall(Strict):
     history: list[Annotated[list[str], Field(min_length=2, max_length=2)]] | None = None
     images: list[ImageFile] | None = None
     """All pictures' tiles one after the other are pixel_values; null or none: no pixel_values."""
-    num_patches_list: list[int] | None = None
-    max_new_tokens: int = Field(20, ge=1)
+    num_patches_list: list[Count] | None = None
+    max_new_tokens: Steps = 20
     system_message: str | None = None
 
 
@@ -59,9 +64,9 @@ class BatchCall(Strict):
     key: str
     questions: list[str] = Field(min_length=1)
     images: list[ImageFile] | None = None
-    num_patches_list: list[int]
+    num_patches_list: list[Count]
     """One per question."""
-    max_new_tokens: int = Field(20, ge=1)
+    max_new_tokens: Steps = 20
     system_message: str | None = None
 
 
@@ -97,6 +102,8 @@ def trace(
     """
     request, output = Path(request), Path(output)
     calls = read_calls(request)
+    if output.is_dir():
+        raise OutputRefused(f"{output} is a folder; name a file with -o")
     if not output.absolute().parent.is_dir():
         raise OutputRefused(f"folder {output.parent} does not exist; make it, or name another file")
     pipeline = load(model, vision=vision, tokenizer=tokenizer)
@@ -120,12 +127,18 @@ def trace(
 def read_calls(path: Path) -> list[ChatCall | BatchCall]:
     """The calls of a request file; raises InvalidRequest, naming what in it is wrong."""
     try:
-        calls = Calls.model_validate(read_json(path)).calls
+        contents = read_json(path)
+    except BrokenCheckpoint as error:
+        raise InvalidRequest(f"{path} is no request ({str(error).rpartition(';')[0]}); see vlquant trace --help") from None
+    try:
+        calls = Calls.model_validate(contents).calls
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole file"
         raise InvalidRequest(f"{path} is no request at {where} ({first['msg']}); see vlquant trace --help") from None
     keys = [call.key for call in calls]
+    for key in keys:
+        require_text(key)
     twice = sorted({key for key in keys if keys.count(key) > 1})
     if twice:
         raise InvalidRequest(f"{path} has several calls with the key {twice[0]!r}; give each its own")
@@ -136,7 +149,7 @@ def read_calls(path: Path) -> list[ChatCall | BatchCall]:
 def run_call(pipeline: Pipeline, call: ChatCall | BatchCall, folder: Path) -> TracedCall:
     """Everything between the question and the answer of one call."""
     encoded = encode_call(pipeline, call, folder)
-    features = pipeline.features(encoded)
+    features = place_features(pipeline, encoded)
     batch = pipeline.prepare(encoded, features)
     generation = Generation(max_new_tokens=call.max_new_tokens)
     logits = pipeline.decoder(batch.embeddings, attention_mask=batch.attention_mask, all_positions=True)
@@ -157,7 +170,7 @@ def run_call(pipeline: Pipeline, call: ChatCall | BatchCall, folder: Path) -> Tr
 
 
 def encode_call(pipeline: Pipeline, call: ChatCall | BatchCall, folder: Path) -> list[EncodedRequest]:
-    """Prompts and tiles exactly as the original divides them: tiles in one row, `num_patches_list` cuts it.
+    """Prompts exactly as the original makes them: one row of tiles, which `num_patches_list` divides among placeholders.
 
     Raises InvalidRequest where the original's assertions fail.
     """
@@ -176,14 +189,42 @@ def encode_call(pipeline: Pipeline, call: ChatCall | BatchCall, folder: Path) ->
     for question, history, own in rows:
         if tiles and history is None and IMAGE_PLACEHOLDER not in question:
             question = f"{IMAGE_PLACEHOLDER}\n{question}"
-        if call.call == "batch_chat" and IMAGE_PLACEHOLDER not in question:
-            own = []  # The original replaces what is not there.
-        request = Request(question, history=[tuple(turn) for turn in history or ()], system_message=call.system_message)
-        prompt, ids = encode_prompt(request, question, own, config=pipeline.config, tokenizer=pipeline.tokenizer)
+        prompt, ids = literal_prompt(pipeline, question, history or [], own, system=call.system_message)
         stop = start + sum(own)
         encoded.append(EncodedRequest(prompt, ids, tiles[start:stop], cut(boxes[start:stop], own), question))
         start = stop
     return encoded
+
+
+def literal_prompt(
+    pipeline: Pipeline, question: str, history: Sequence, counts: Sequence[int], *, system: str | None
+) -> tuple[str, list[int]]:
+    """Text and ids as the original writes them, whether or not placeholders and pictures agree."""
+    chat = pipeline.config.chat
+    turns = [*map(tuple, history), (question, None)]
+    prompt = build_prompt(chat.conversation, turns, system_message=chat.system_message if system is None else system)
+    require_text(prompt)
+    prompt = expand_images(prompt, counts, chat.tokens_per_tile, strict=False)
+    return prompt, pipeline.tokenizer.encode(prompt)
+
+
+def place_features(pipeline: Pipeline, encoded: Sequence[EncodedRequest]) -> list[Tensor | None]:
+    """All visual tokens of a call, divided among its rows by the places that each has for them, as the original scatters them.
+
+    Without pictures nothing is placed, and what says <IMG_CONTEXT> is embedded as any text. Raises InvalidRequest if the
+    numbers differ, where the original stops as well.
+    """
+    visual = [each for each in pipeline.features(encoded) if each is not None]
+    if not visual:
+        return [None] * len(encoded)
+    image_id, tokens = pipeline.tokenizer.token_id(pipeline.config.chat.image_token), torch.cat(visual)
+    places = [each.ids.count(image_id) for each in encoded]
+    if sum(places) != len(tokens):
+        raise InvalidRequest(
+            f"the call has {sum(places)} places for visual tokens and its pictures give {len(tokens)}; "
+            f"write one {IMAGE_PLACEHOLDER} for each picture"
+        )
+    return [own if len(own) else None for own in tokens.split(places)]
 
 
 def cut_images(pipeline: Pipeline, images: Sequence[ImageFile], folder: Path) -> tuple[list, list]:
@@ -192,6 +233,7 @@ def cut_images(pipeline: Pipeline, images: Sequence[ImageFile], folder: Path) ->
     for image in images:
         own, shown = tile_picture(
             open_image(folder / image.file),
+            min_tiles=image.min_num,
             max_tiles=image.max_num,
             image_size=chat.image_size,
             use_thumbnail=chat.use_thumbnail,
