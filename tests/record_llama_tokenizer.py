@@ -27,9 +27,10 @@ TEXTS = [
 def main() -> None:
     model = trained_model()
     cases = []
-    for dummy_prefix, legacy, bos in product((True, False), (True, False, None), (True, False)):
+    ends = [(True, False, True, True), (False, None, False, True)]
+    for dummy_prefix, legacy, bos, eos in [*product((True, False), (True, False, None), (True, False), (False,)), *ends]:
         with tempfile.TemporaryDirectory() as folder:
-            settings = write(Path(folder), model[dummy_prefix], legacy=legacy, bos=bos)
+            settings = write(Path(folder), model[dummy_prefix], legacy=legacy, bos=bos, eos=eos)
             slow = transformers.LlamaTokenizer.from_pretrained(folder)
             fast = transformers.LlamaTokenizerFast.from_pretrained(folder)
             entries = [
@@ -58,7 +59,7 @@ def trained_model() -> dict[bool, bytes]:
     return models
 
 
-def write(folder: Path, model: bytes, *, legacy: bool | None, bos: bool) -> dict:
+def write(folder: Path, model: bytes, *, legacy: bool | None, bos: bool, eos: bool) -> dict:
     """The files of a checkpoint's tokenizer; returns its settings."""
     (folder / "tokenizer.model").write_bytes(model)
     pieces = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -66,11 +67,13 @@ def write(folder: Path, model: bytes, *, legacy: bool | None, bos: bool) -> dict
     tokens |= {pieces.get_piece_size() + index: token for index, token in enumerate(IMAGE)}
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False, "special": True}
     settings = {
-        "tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": False, "bos_token": "<s>",
-        "eos_token": "<|im_end|>", "pad_token": "<unk>", "unk_token": "<unk>", "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "LlamaTokenizer", "add_bos_token": bos, "add_eos_token": eos, "bos_token": "<s>",
+        "eos_token": "<|im_end|>", "pad_token": "<unk>", "unk_token": "<unk>",
         "additional_special_tokens": [*CHAT, *IMAGE],
         "added_tokens_decoder": {str(index): {"content": token, **flags} for index, token in tokens.items()},
     }  # fmt: skip
+    if not eos:
+        settings["clean_up_tokenization_spaces"] = False
     if legacy is not None:
         settings["legacy"] = legacy
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))

@@ -13,7 +13,7 @@ RECORDED = json.loads((Path(__file__).parent / "data" / "llama_tokenizer.json").
 
 def name_of(case):
     settings = case["settings"]
-    return f"prefix {case['dummy_prefix']}, legacy {settings.get('legacy')}, bos {settings['add_bos_token']}"
+    return f"prefix {case['dummy_prefix']}, legacy {settings.get('legacy')}, bos {settings['add_bos_token']}, eos {settings['add_eos_token']}"
 
 
 @pytest.fixture(params=RECORDED["cases"], ids=name_of)
@@ -46,6 +46,16 @@ def test_the_written_tokenizer_gives_the_default_ids(recorded, tmp_path):
     write_fast_tokenizer(folder, written)
     default, again = load_tokenizer(folder), load_tokenizer(written)
     assert [again.encode(each["text"]) for each in entries] == [default.encode(each["text"]) for each in entries]
+
+
+def test_a_tokenizer_json_is_subject_to_the_settings(recorded):
+    """LlamaTokenizerFast puts its own ends on texts, whatever the file says."""
+    folder, entries = recorded
+    fast = load_tokenizer(folder, "fast")
+    fast._backend.post_processor = None
+    fast._backend.save(str(folder / "tokenizer.json"))
+    default = load_tokenizer(folder)
+    assert [default.encode(each["text"]) for each in entries] == [each["fast"] for each in entries]
 
 
 @pytest.mark.interop

@@ -92,7 +92,7 @@ def sentencepiece_tokenizer(
         )
     tokenizer.normalizer = _normalizer(model)
     tokenizer.decoder = _decoder(model, first_space=prefix == "first")
-    _add_bos(tokenizer, files)
+    add_ends(tokenizer, files)
     add_missing_tokens(tokenizer, files)
     if user_defined:
         literal = [piece.text for index, piece in enumerate(model.pieces) if piece.kind == USER_DEFINED and index not in labels]
@@ -133,12 +133,14 @@ def _decoder(model: SentencePieceModel, *, first_space: bool):
     return decoders.Sequence(steps + ([decoders.Strip(" ", 1, 0)] if model.add_dummy_prefix or first_space else []))
 
 
-def _add_bos(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
-    bos = files.roles.get("bos_token")
-    if bos is None or not files.settings.get("add_bos_token", True):
-        return
+def add_ends(tokenizer: tokenizers.Tokenizer, files: TokenizerFiles) -> None:
+    """Have the tokens put before and after every text that the settings ask for, whatever a tokenizer.json says."""
+    wanted = {"bos_token": files.settings.get("add_bos_token", True), "eos_token": files.settings.get("add_eos_token", False)}
+    bos, eos = ([files.roles[role]] if wanted[role] and files.roles.get(role) else [] for role in wanted)
+    known = [(token, tokenizer.token_to_id(token)) for token in {*bos, *eos}]
+    single = [*bos, "$A", *eos]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, tokenizer.token_to_id(bos))]
+        single=single, pair=[*single, *(f"{token}:1" for token in bos), "$B:1", *(f"{token}:1" for token in eos)], special_tokens=known
     )
 
 

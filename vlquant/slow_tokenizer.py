@@ -25,6 +25,9 @@ _CLEAN_UP = ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (
 class SentencePieceTokenizer:
     """InternLM2: stretches of text between added tokens go to sentencepiece, re-labelled pieces keep their ids."""
 
+    cleans_up = True
+    """Takes out spaces before punctuation where the settings are silent."""
+
     def __init__(self, files: TokenizerFiles):
         self.folder = files.folder
         self._pieces = self._open(files)
@@ -38,9 +41,10 @@ class SentencePieceTokenizer:
         longest_first = sorted(self._added, key=len, reverse=True)
         self._splitter = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")") if longest_first else None
         self._bos = self._id_of(files, "bos_token") if files.settings.get("add_bos_token", True) else None
+        self._eos = self._id_of(files, "eos_token") if files.settings.get("add_eos_token", False) else None
         pad, eos = self._id_of(files, "pad_token"), self._id_of(files, "eos_token")
         self.pad_id = next((each for each in (pad, eos) if each is not None), 0)
-        self._clean_up = files.settings.get("clean_up_tokenization_spaces", True)
+        self._clean_up = files.settings.get("clean_up_tokenization_spaces", self.cleans_up)
         self.vocabulary_size = max(self._by_id.keys() | {self._pieces.get_piece_size() - 1}) + 1
 
     def _open(self, files: TokenizerFiles, changes: bytes = b""):
@@ -57,8 +61,9 @@ class SentencePieceTokenizer:
         return None if token is None else token.id
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, bos first."""
-        return ([] if self._bos is None else [self._bos]) + self._encode_stretches(text)
+        """Ids of `text`, bos first, and eos last where the settings ask for it."""
+        first, last = ([] if each is None else [each] for each in (self._bos, self._eos))
+        return first + self._encode_stretches(text) + last
 
     def _encode_stretches(self, text: str) -> list[int]:
         ids = []
@@ -141,6 +146,8 @@ class SentencePieceTokenizer:
 
 class LlamaTokenizer(SentencePieceTokenizer):
     """Phi-3 and Yi: a space before the whole text, none after added tokens (with `legacy`: one before every stretch)."""
+
+    cleans_up = False
 
     def __init__(self, files: TokenizerFiles):
         self._legacy = is_legacy(files)

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import takewhile
@@ -12,7 +13,7 @@ from typing import Protocol
 import tokenizers
 
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
-from vlquant.fast_tokenizer import add_missing_tokens, byte_level_tokenizer, sentencepiece_tokenizer
+from vlquant.fast_tokenizer import add_ends, add_missing_tokens, byte_level_tokenizer, sentencepiece_tokenizer
 from vlquant.slow_tokenizer import (
     SENTENCEPIECE_FILE,
     LlamaTokenizer,
@@ -63,9 +64,8 @@ class Tokenizer(Protocol):
 class FastTokenizer:
     """Qwen2 and tokenizer.json folders: a `tokenizers.Tokenizer` does the work."""
 
-    def __init__(self, files: TokenizerFiles, backend: tokenizers.Tokenizer, *, clean_up_default: bool):
-        self.folder, self._backend = files.folder, backend
-        self._clean_up = files.settings.get("clean_up_tokenization_spaces", clean_up_default)
+    def __init__(self, files: TokenizerFiles, backend: tokenizers.Tokenizer, *, clean_up: bool, normalize_first: bool = False):
+        self.folder, self._backend, self._clean_up, self._normalize_first = files.folder, backend, clean_up, normalize_first
         self.vocabulary_size = max(backend.get_vocab().values()) + 1
         roles = (files.roles.get(role) for role in ("pad_token", "eos_token"))
         ids = [self._backend.token_to_id(content) for content in roles if content]
@@ -73,6 +73,8 @@ class FastTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, with whatever the tokenizer's own post-processing adds."""
+        if self._normalize_first:  # Before added tokens are looked for: a combining character after one hides it.
+            text = unicodedata.normalize("NFC", text)
         return self._backend.encode(text).ids
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -105,7 +107,15 @@ def load_tokenizer(folder: str | Path, flavour: str | None = None) -> Tokenizer:
         raise UnsupportedCheckpoint(f"tokenizer flavour {flavour!r} is unknown; use {' or '.join(FLAVOURS)}")
     if (files.folder / SENTENCEPIECE_FILE).exists() and (flavour == "slow" or flavour is None and not _prefers_json(files)):
         return _sentencepiece_class(files)(files)
-    return FastTokenizer(files, _fast_backend(files, like_slow=False), clean_up_default=not _is_byte_level(files))
+    backend = _fast_backend(files, like_slow=False)
+    if _is_byte_level(files) and flavour != "fast":
+        return FastTokenizer(files, backend, clean_up=False, normalize_first=True)
+    return FastTokenizer(files, backend, clean_up=files.settings.get("clean_up_tokenization_spaces", _cleans_up(files)))
+
+
+def _cleans_up(files: TokenizerFiles) -> bool:
+    """Whether the tokenizer's class takes out spaces before punctuation where its files are silent."""
+    return not _is_byte_level(files) and _source_class(files) not in LLAMA_CLASSES
 
 
 def _is_byte_level(files: TokenizerFiles) -> bool:
@@ -167,8 +177,7 @@ def _fast_settings(files: TokenizerFiles) -> dict:
         }
         for index, token in sorted(tokens.items())
     }
-    clean_up_default = not (files.folder / BYTE_LEVEL_FILES[0]).exists()
-    settings.setdefault("clean_up_tokenization_spaces", clean_up_default)
+    settings.setdefault("clean_up_tokenization_spaces", _cleans_up(files))
     source = {SOURCE_CLASS: _source_class(files)}
     if (files.folder / SENTENCEPIECE_FILE).exists():
         source[SOURCE_FLAVOUR] = "fast" if _prefers_json(files) else "slow"
@@ -186,6 +195,8 @@ def _read_fast(files: TokenizerFiles) -> tokenizers.Tokenizer:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises plain Exception
         raise BrokenCheckpoint(f"{path} is not a tokenizer file ({error}); download it again") from None
+    if _source_class(files) in LLAMA_CLASSES:
+        add_ends(backend, files)  # LlamaTokenizerFast goes by the settings.
     return add_missing_tokens(backend, files)
 
 
