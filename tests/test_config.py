@@ -89,7 +89,9 @@ def test_tiling_limits(source):
     assert (chat.min_tiles, chat.max_tiles, chat.use_thumbnail) == (2, 6, False)
     del source["max_dynamic_patch"], source["min_dynamic_patch"], source["use_thumbnail"]
     chat = parse_config(source, "x").chat
-    assert (chat.min_tiles, chat.max_tiles, chat.use_thumbnail) == (1, 12, True)
+    assert (chat.min_tiles, chat.max_tiles, chat.use_thumbnail) == (1, 6, False)  # As InternVLChatConfig.
+    del source["dynamic_image_size"]
+    assert parse_config(source, "x").chat.max_tiles == 1
     source["dynamic_image_size"] = False
     assert parse_config(source, "x").chat.max_tiles == 1
 
@@ -144,3 +146,43 @@ def test_a_bundle_carries_its_source_config(source, tmp_path):
     (tmp_path / "vlquant.json").write_text(json.dumps({"format_version": 1, "source_config": source}))
     (tmp_path / "config.json").write_text("{}")  # the -hf one, for other readers
     assert read_config(tmp_path).decoder == parse_config(source, "x").decoder
+
+
+def test_silence_means_what_the_original_classes_take(source):
+    language = source["llm_config"]
+    for key in ("bias", "rms_norm_eps", "original_max_position_embeddings", "head_dim"):
+        language.pop(key, None)
+    internlm2 = parse_config(source, "x").decoder
+    assert internlm2.query_key_value_bias and internlm2.output_bias and internlm2.norm_eps == 1e-6
+    language["architectures"] = ["Phi3ForCausalLM"]
+    factors = [1.0] * (internlm2.head_dim // 2)
+    language["rope_scaling"] = {"type": "su", "short_factor": factors, "long_factor": factors}
+    phi3 = parse_config(source, "x").decoder
+    assert phi3.norm_eps == 1e-5 and phi3.rope.long.short_reach == 4096
+    language |= {"architectures": ["Qwen3ForCausalLM"], "rope_scaling": None}
+    assert parse_config(source, "x").decoder.head_dim == 128
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("llm_config", "rope_scaling", "dynamic"), ("llm_config", "rms_norm_eps", None), ("llm_config", "num_attention_heads", 0),
+        ("llm_config", "num_hidden_layers", 0), ("llm_config", "num_hidden_layers", 1.5), ("vision_config", "norm_type", "foo"),
+        ("vision_config", "layer_norm_eps", None), ("vision_config", "num_attention_heads", 7), ("vision_config", "num_hidden_layers", 0),
+        (None, "system_message", 5), (None, "select_layer", None), (None, "select_layer", 100), (None, "select_layer", -100),
+        (None, "select_layer", "x"), (None, "downsample_ratio", None), (None, "downsample_ratio", 0), (None, "force_image_size", "x"),
+        (None, "force_image_size", 100), (None, "max_dynamic_patch", "x"), (None, "min_dynamic_patch", "x"), (None, "use_thumbnail", "no"),
+    ],
+)  # fmt: skip
+def test_values_of_the_wrong_kind_are_one_sentence(source, section, key, value):
+    (source if section is None else source[section])[key] = value
+    with pytest.raises(BrokenCheckpoint) as caught:
+        parse_config(source, "config.json")
+    assert "\n" not in str(caught.value) and "download the original file again" in str(caught.value)
+
+
+@pytest.mark.parametrize("value", [5, [["a"]], [], None])
+def test_architectures_that_are_none(source, value):
+    source["llm_config"]["architectures"] = value
+    with pytest.raises(UnsupportedCheckpoint, match="InternLM2ForCausalLM"):
+        parse_config(source, "config.json")

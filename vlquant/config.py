@@ -15,8 +15,8 @@ from vlquant.vision import VisionConfig
 CONFIG_FILE = "config.json"
 MANIFEST_FILE = "vlquant.json"
 
-# What the original code takes where config.json is silent.
-DEFAULT_MAX_TILES = 12
+# What the original's configuration classes take where config.json is silent.
+DEFAULT_MAX_TILES = 6
 DEFAULT_ROPE_THETA = 10_000.0
 PLAIN_ROPES = (None, "default")
 LONG_ROPES = ("su", "longrope")
@@ -34,7 +34,7 @@ class ChatConfig:
     """Tile side in pixels."""
     tokens_per_tile: int
     min_tiles: int = 1
-    max_tiles: int = DEFAULT_MAX_TILES
+    max_tiles: int = 12
     """Per picture, without the thumbnail."""
     use_thumbnail: bool = True
     image_token: str = IMAGE_CONTEXT
@@ -110,19 +110,28 @@ def parse_config(source: dict, where: str) -> ModelConfig:
         )
     language = _section(source, "llm_config", where)
     family = _family(language, where)
-    vision = _vision(source, where)
+    language = {**family.defaults, **language}
+    try:
+        vision = _vision(source, where)
+        return _model_config(source, language, family, vision, where)
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise BrokenCheckpoint(f"{where} holds a value of the wrong kind ({error}); download the original file again") from None
+
+
+def _model_config(source: dict, language: Mapping, family: LanguageFamily, vision: VisionConfig, where: str) -> ModelConfig:
     return ModelConfig(
         family=family,
         decoder=_decoder(language, family, f"{where} llm_config"),
         vision=vision,
-        chat=_chat(source, vision),
+        chat=_chat(source, vision, where),
         source=_without_remote_code(source),
     )
 
 
 def _family(language: Mapping, where: str) -> LanguageFamily:
-    architecture = (language.get("architectures") or [None])[0]
-    if architecture not in FAMILIES:
+    names = language.get("architectures")
+    architecture = names[0] if isinstance(names, list) and names else names
+    if not isinstance(architecture, str) or architecture not in FAMILIES:
         raise UnsupportedCheckpoint(
             f"{where}: language model class {architecture!r} is not supported; "
             f"take a model with one of {', '.join(FAMILIES)}"
@@ -132,19 +141,19 @@ def _family(language: Mapping, where: str) -> LanguageFamily:
 
 def _decoder(language: Mapping, family: LanguageFamily, where: str) -> DecoderConfig:
     _require_activation(language, "silu", where)
-    heads = _value(language, "num_attention_heads", where)
-    hidden_size = _value(language, "hidden_size", where)
+    heads = _count(language, "num_attention_heads", where)
+    hidden_size = _count(language, "hidden_size", where)
     return DecoderConfig(
         hidden_size=hidden_size,
-        layers=_value(language, "num_hidden_layers", where),
+        layers=_count(language, "num_hidden_layers", where),
         heads=heads,
         key_value_heads=language.get("num_key_value_heads") or heads,
         head_dim=language.get("head_dim") or hidden_size // heads,
-        intermediate_size=_value(language, "intermediate_size", where),
-        vocab_size=_value(language, "vocab_size", where),
-        norm_eps=language.get("rms_norm_eps", 1e-6),
+        intermediate_size=_count(language, "intermediate_size", where),
+        vocab_size=_count(language, "vocab_size", where),
+        norm_eps=float(language.get("rms_norm_eps", 1e-6)),
         rope=_rope(language, family, where),
-        max_positions=_value(language, "max_position_embeddings", where),
+        max_positions=_count(language, "max_position_embeddings", where),
         query_key_value_bias=_bias(family.query_key_value_bias, language),
         output_bias=_bias(family.output_bias, language),
         query_key_norm=family.query_key_norm,
@@ -186,34 +195,55 @@ def _vision(source: Mapping, where: str) -> VisionConfig:
     tower = _section(source, "vision_config", where)
     where = f"{where} vision_config"
     _require_activation(tower, "gelu", where)
-    return VisionConfig(
-        hidden_size=_value(tower, "hidden_size", where),
-        layers=_value(tower, "num_hidden_layers", where),
-        heads=_value(tower, "num_attention_heads", where),
-        intermediate_size=_value(tower, "intermediate_size", where),
-        patch_size=_value(tower, "patch_size", where),
-        image_size=source.get("force_image_size") or _value(tower, "image_size", where),
+    vision = VisionConfig(
+        hidden_size=_count(tower, "hidden_size", where),
+        layers=_count(tower, "num_hidden_layers", where),
+        heads=_count(tower, "num_attention_heads", where),
+        intermediate_size=_count(tower, "intermediate_size", where),
+        patch_size=_count(tower, "patch_size", where),
+        image_size=_count({"image_size": source.get("force_image_size") or tower.get("image_size")}, "image_size", where),
         # From here on the defaults of the original configuration classes.
         norm=tower.get("norm_type", "rms_norm"),
-        norm_eps=tower.get("layer_norm_eps", 1e-6),
+        norm_eps=float(tower.get("layer_norm_eps", 1e-6)),
         query_key_value_bias=bool(tower.get("qkv_bias", False)),
         query_key_norm=bool(tower.get("qk_normalization", True)),
         select_layer=source.get("select_layer", -1),
         pixel_shuffle=source.get("ps_version", "v1"),
         downsample_ratio=source.get("downsample_ratio", 0.5),
     )
+    _require_sound(vision, where)
+    return vision
 
 
-def _chat(source: Mapping, vision: VisionConfig) -> ChatConfig:
-    dynamic = source.get("dynamic_image_size", True)
+def _require_sound(vision: VisionConfig, where: str) -> None:
+    """Raise BrokenCheckpoint for settings that no vision tower can have."""
+    wrong = {
+        "norm_type": vision.norm not in ("layer_norm", "rms_norm"),
+        "ps_version": vision.pixel_shuffle not in ("v1", "v2"),
+        "num_attention_heads": vision.hidden_size % vision.heads != 0,
+        "select_layer": not isinstance(vision.select_layer, int) or not 0 <= vision.layers_to_run <= vision.layers,
+        "downsample_ratio": not 0 < vision.downsample_ratio <= 1,
+        "image_size": vision.image_size % vision.patch_size != 0,
+    }
+    if any(wrong.values()):
+        name = next(name for name in wrong if wrong[name])
+        raise BrokenCheckpoint(f"{where} has an unusable {name}; download the original file again")
+
+
+def _chat(source: Mapping, vision: VisionConfig, where: str) -> ChatConfig:
+    dynamic = _flag(source, "dynamic_image_size", where)
+    system = source.get("system_message")
+    if not isinstance(system, str | None):
+        raise BrokenCheckpoint(f"{where} has a system_message that is no text ({system!r}); download the original file again")
+    limits = {key: source.get(key) or default for key, default in (("min_dynamic_patch", 1), ("max_dynamic_patch", DEFAULT_MAX_TILES))}
     return ChatConfig(
         template=find_template(source.get("template")).name,
-        system_message=source.get("system_message"),
+        system_message=system,
         image_size=vision.image_size,
         tokens_per_tile=vision.tokens_per_tile,
-        min_tiles=(source.get("min_dynamic_patch") or 1) if dynamic else 1,
-        max_tiles=(source.get("max_dynamic_patch") or DEFAULT_MAX_TILES) if dynamic else 1,
-        use_thumbnail=bool(source.get("use_thumbnail", True)),
+        min_tiles=_count(limits, "min_dynamic_patch", where) if dynamic else 1,
+        max_tiles=_count(limits, "max_dynamic_patch", where) if dynamic else 1,
+        use_thumbnail=_flag(source, "use_thumbnail", where),
     )
 
 
@@ -240,5 +270,19 @@ def _section(source: Mapping, key: str, where: str) -> dict:
 def _value(section: Mapping, key: str, where: str):
     value = section.get(key)
     if not isinstance(value, (int, float)) or isinstance(value, bool):
+        raise BrokenCheckpoint(f"{where} has no usable {key} ({value!r}); download the original file again")
+    return value
+
+
+def _count(section: Mapping, key: str, where: str) -> int:
+    value = _value(section, key, where)
+    if value != int(value) or value < 1:
+        raise BrokenCheckpoint(f"{where} has no usable {key} ({value!r}); download the original file again")
+    return int(value)
+
+
+def _flag(section: Mapping, key: str, where: str) -> bool:
+    value = section.get(key, False)
+    if not isinstance(value, bool):
         raise BrokenCheckpoint(f"{where} has no usable {key} ({value!r}); download the original file again")
     return value

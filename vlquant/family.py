@@ -6,7 +6,7 @@ canonical name (the in-memory names of transformers' `-hf` InternVL), original n
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -47,6 +47,8 @@ class LanguageFamily:
     output_bias: bool | str = False
     query_key_norm: bool = False
     """RMSNorm over each query and key head."""
+    defaults: Mapping[str, object] = field(default_factory=dict)
+    """What the original's configuration class takes where llm_config is silent, unless the same for all."""
     shows_special_tokens: bool = False
     """The original decodes answers with special tokens left in (InternVL 3.5)."""
 
@@ -100,6 +102,7 @@ FAMILIES = {
             fusions=(_INTERNLM2_QUERY_KEY_VALUE,),
             query_key_value_bias="bias",
             output_bias="bias",
+            defaults={"bias": True},
         ),
         LanguageFamily(
             architecture="Qwen2ForCausalLM",
@@ -123,6 +126,7 @@ FAMILIES = {
             query_key_value_bias="attention_bias",
             output_bias="attention_bias",
             query_key_norm=True,
+            defaults={"head_dim": 128},
             shows_special_tokens=True,
         ),
         LanguageFamily(
@@ -131,6 +135,7 @@ FAMILIES = {
             text_model_type="llama",
             names=_LLAMA_NAMES,
             fusions=_PHI3_FUSIONS,
+            defaults={"rms_norm_eps": 1e-5, "original_max_position_embeddings": 4096},
         ),
     )
 }

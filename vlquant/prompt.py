@@ -86,7 +86,7 @@ TEMPLATES = {
 
 def find_template(name: str) -> Template:
     """The template called `name`. Raises UnsupportedCheckpoint naming the nearest one."""
-    if name not in TEMPLATES:
+    if not isinstance(name, str) or name not in TEMPLATES:
         nearest = difflib.get_close_matches(str(name), TEMPLATES, n=1, cutoff=0)[0]
         raise UnsupportedCheckpoint(
             f"conversation template {name!r} is not known, the nearest is {nearest!r}; "
