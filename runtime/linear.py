@@ -182,7 +182,7 @@ def load_decoder(model: Model, device: str | torch.device = "cpu") -> Decoder:
     Its embedding keeps the stored precision: widen what `embed` returns to float32.
     """
     config, workspace = model.config.decoder, Workspace(device)
-    layers = [_load_layer(model, index, workspace) for index in range(config.layers)]
+    layers = [load_layer(model, index, workspace) for index in range(config.layers)]
     embedding = model.tensor(LANGUAGE_MODEL + "embed_tokens.weight").to(device)
     head = embedding if config.tied_head else model.tensor("lm_head.weight").to(device)
     norm = model.tensor(LANGUAGE_MODEL + "norm.weight").float().to(device)
@@ -190,7 +190,8 @@ def load_decoder(model: Model, device: str | torch.device = "cpu") -> Decoder:
     return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=linear)
 
 
-def _load_layer(model: Model, index: int, workspace: Workspace) -> DecoderLayer:
+def load_layer(model: Model, index: int, workspace: Workspace) -> DecoderLayer:
+    """One layer of a bundle or checkpoint."""
     tensors = model.decoder_layer(index)
     linears = {name: make_linear(_part(tensors, name), workspace=workspace) for name in LINEARS}
     norms = {name: tensors[f"{name}.weight"].float().to(workspace.device) for name in norm_names(model.config.decoder)}

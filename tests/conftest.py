@@ -103,6 +103,17 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("golden_root", golden_roots(), ids=str)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def reload_here():
+    """Bundles are read back in this process, which spares every test the start of another one."""
+    import vlquant.quantize
+    from vlquant.reload import reload, reload_elsewhere
+
+    vlquant.quantize.reload_elsewhere = reload
+    yield
+    vlquant.quantize.reload_elsewhere = reload_elsewhere
+
+
 @pytest.fixture
 def named_case():
     """A golden checkpoint by its folder's name."""

@@ -182,7 +182,7 @@ def test_no_space_left_is_one_sentence(place):
     commands = [["quantize", "--method", "bnb", "model"], ["export-vision", "model"]]
     code = (
         "import resource, sys\nfrom vlquant.cli import main\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000))\n"
         f"for arguments in {commands}:\n"
         "    sys.argv = ['vlquant', *arguments]\n"
         "    try:\n        main()\n    except SystemExit as left:\n        print(left.code)"

@@ -62,11 +62,11 @@ class Manifest(Record):
     source_config: dict
     recipe: dict
     calibration: Calibration | None
-    modules: list[ModuleRecord]
+    modules: list[ModuleRecord] = []
     libraries: dict[str, str]
-    files: dict[str, str]
+    files: dict[str, str] = {}
     """sha256 by name, of every file this was written with; other verbs add folders of their own."""
-    sizes: dict[str, int]
+    sizes: dict[str, int] = {}
     """Bytes of the same files."""
 
     @property

@@ -1,23 +1,28 @@
 """What the language model sees while it is calibrated: conversations about pictures as embeddings, each token with its class.
 
-Also the statistics GPTQ wants from them. Knows no quantized format and writes nothing.
+Also the statistics GPTQ wants from them. Knows no quantized format.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
+import numpy
 import torch
 from torch import Tensor
 
 from vlquant.calib_data import samples as sets
+from vlquant.calib_data.scenes import Question
 from vlquant.config import ModelConfig
-from vlquant.decoder import DecoderConfig, DecoderLayer, FloatLinear, Linear, rotary_tables
+from vlquant.decoder import DecoderConfig, DecoderLayer, FloatLinear, Linear, rms_norm, rotary_tables
 from vlquant.events import Event, Report
-from vlquant.layout import EMBEDDING
 from vlquant.model import Model
+from vlquant.publishing import flush_entry, replace_text
 from vlquant.recipe import Recipe
-from vlquant.request import encode_answer, encode_request
-from vlquant.tokenizer import Tokenizer
+from vlquant.request import Request, encode_answer, encode_request
+from vlquant.tokenizer import Tokenizer, load_tokenizer
 from vlquant.vision import vision_features
 
 PICTURE, PROMPT, ANSWER = range(3)
@@ -26,55 +31,111 @@ CLASS_SHARES = (0.45, 0.15, 0.40)
 LARGEST_NORM = 10.0
 """A token counts at most as if its squared norm were this many times the median: first tokens are giants."""
 TILES_AT_ONCE = 8
-
-
-@dataclass
-class Conversation:
-    """One conversation on its way through the layers."""
-
-    hidden: Tensor
-    """float32 [1, length, hidden]: the input of the next layer."""
-    classes: Tensor
-    """int64 [length]: PICTURE, PROMPT or ANSWER."""
+ROWS_AT_ONCE = 2048
+"""Inputs that wait to be added up together: longer products are faster ones."""
+CLASSES_FILE = "classes.json"
+TEXT_TOKENS = 128
+"""Room left for question, answer and system message."""
 
 
 @dataclass(frozen=True)
 class CalibrationInputs:
-    """All conversations, and the weight of a token of each class."""
+    """Conversations on their way through the layers: what each token is, and the hidden states of all in one file."""
 
-    conversations: list[Conversation]
+    folder: Path
+    """Holds the files of hidden states, one per layer."""
+    classes: tuple[Tensor, ...]
+    """int64 [length] of every conversation: PICTURE, PROMPT or ANSWER."""
+    width: int
+    """Of a hidden state."""
+    layer: int = 0
+    """The layer whose inputs these are."""
+    half: str = ""
+    """"-middle": after its attention, before its MLP."""
     token_weights: Tensor = field(init=False)
+    """Weight of a token of each class."""
 
     def __post_init__(self) -> None:
-        classes = torch.cat([conversation.classes for conversation in self.conversations])
-        counts = torch.bincount(classes, minlength=len(CLASS_SHARES)).clamp(min=1)
+        counts = torch.bincount(torch.cat(self.classes), minlength=len(CLASS_SHARES)).clamp(min=1)
         object.__setattr__(self, "token_weights", torch.tensor(CLASS_SHARES) / counts)
 
     @property
     def tokens(self) -> int:
-        return sum(conversation.classes.numel() for conversation in self.conversations)
+        return sum(map(len, self.classes))
+
+    def hidden(self, index: int) -> Tensor:
+        """Hidden states float32 [1, length, width] of one conversation, read from the file."""
+        start = sum(map(len, self.classes[:index]))
+        values = numpy.fromfile(
+            self._path(), dtype=numpy.float32, count=len(self.classes[index]) * self.width, offset=start * self.width * 4
+        )
+        return torch.from_numpy(values).reshape(1, -1, self.width)
+
+    def through_attention(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
+        """Inputs of the layer's second half."""
+        following = replace(self, half="-middle")
+        following.write(run_attention(layer, self.hidden(index), device) for index in range(len(self.classes)))
+        return following
+
+    def through_mlp(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
+        """Inputs of the next layer."""
+        following = replace(self, layer=self.layer + 1, half="")
+        following.write(run_mlp(layer, self.hidden(index), device) for index in range(len(self.classes)))
+        return following
+
+    def write(self, states: Iterable[Tensor]) -> None:
+        """Write the hidden states of all conversations, in order."""
+        partial = self._path().with_suffix(".partial")
+        with open(partial, "wb") as file:
+            for hidden in states:
+                file.write(hidden.cpu().contiguous().numpy().data)
+        flush_entry(partial)
+        partial.rename(self._path())
+
+    def forget_earlier(self) -> None:
+        """Remove the inputs of layers that are finished."""
+        for path in self.folder.glob("states-*.f32"):
+            if path != self._path():
+                path.unlink()
+
+    def _path(self) -> Path:
+        return self.folder / f"states-{self.layer:05}{self.half}.f32"
 
 
 def calibration_inputs(
-    model: Model, tokenizer: Tokenizer, *, recipe: Recipe, device: str, report: Report
+    model: Model, folder: Path, *, recipe: Recipe, device: str, report: Report, layer: int = 0
 ) -> CalibrationInputs:
     """Encode the recipe's calibration set as the model was trained to see it, pictures through its own vision tower.
 
-    Raises BrokenCheckpoint if the checkpoint cannot be read.
+    folder: for the files of hidden states; if it holds those of an interrupted run, whose next `layer` is given, they are
+    taken. Raises BrokenCheckpoint if the checkpoint cannot be read.
     """
+    known = folder / CLASSES_FILE
+    if known.exists():
+        classes = [torch.tensor(each) for each in json.loads(known.read_text())]
+        return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, layer)
+    tokenizer = load_tokenizer(model.folder)
+    encoded = [
+        encode_sample(sample, index, model.config, tokenizer, most_tokens=recipe.tokens)
+        for index, sample in enumerate(sets.samples("calibration", recipe.samples, seed=recipe.seed))
+    ]
+    inputs = CalibrationInputs(folder, tuple(classes for _, classes, _ in encoded), model.config.decoder.hidden_size)
+    inputs.write(embedded(model, encoded, device=device, report=report))
+    replace_text(known, json.dumps([classes.tolist() for classes in inputs.classes]))
+    return inputs
+
+
+def embedded(model: Model, encoded: Sequence[tuple], *, device: str, report: Report) -> Iterator[Tensor]:
+    """Inputs [1, length, hidden] of the first layer for every encoded sample."""
     weights = VisionWeights(model, device)
-    embedding = model.tensor(EMBEDDING)
-    conversations = []
-    for index, sample in enumerate(sets.samples("calibration", recipe.samples, seed=recipe.seed)):
-        ids, classes, pixels = encode_sample(sample, index, model.config, tokenizer)
-        hidden = embedding[ids].float()
+    for index, (ids, classes, pixels) in enumerate(encoded):
+        hidden = model.embedding_rows(ids).float()
         if pixels is not None:
             batches = pixels.split(TILES_AT_ONCE)
             features = [vision_features(batch.to(device), weights, model.config.vision) for batch in batches]
             hidden[classes == PICTURE] = torch.cat(features).flatten(0, 1).cpu()
-        conversations.append(Conversation(hidden[None], classes))
-        report(Event("calibration", index + 1, recipe.samples))
-    return CalibrationInputs(conversations)
+        yield hidden[None]
+        report(Event("calibration", index + 1, len(encoded)))
 
 
 class VisionWeights:
@@ -91,11 +152,14 @@ class VisionWeights:
 
 
 def encode_sample(
-    sample: sets.Sample, index: int, config: ModelConfig, tokenizer: Tokenizer
+    sample: sets.Sample, index: int, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One question of a sample with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side]."""
+    """One question of a sample with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side].
+
+    most_tokens: pictures are cut into fewer tiles, and frames left out, to stay below; at least one tile remains of each.
+    """
     question = sample.questions[index % len(sample.questions)]
-    encoded = encode_request(sets.sample_request(sample, question), config, tokenizer)
+    encoded = encode_request(fitting_request(sample, question, config, most_tokens), config, tokenizer)
     answer = encode_answer(question.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
     ids = torch.tensor(encoded.ids + answer)
     classes = torch.where(torch.arange(len(ids)) < len(encoded.ids), PROMPT, ANSWER)
@@ -103,57 +167,87 @@ def encode_sample(
     return ids, classes, encoded.pixel_values()
 
 
+def fitting_request(sample: sets.Sample, question: Question, config: ModelConfig, most_tokens: int) -> Request:
+    """The question with as many tiles as `most_tokens` leave room for."""
+    request, chat = sets.sample_request(sample, question), config.chat
+    tiles = max(1, (most_tokens - TEXT_TOKENS) // chat.tokens_per_tile)
+    if sample.video:
+        return replace(request, video=list(request.video)[:: -(-len(request.video) // tiles)])
+    each = max(1, tiles // max(1, len(request.images)))
+    # The thumbnail comes on top of more than one.
+    return replace(request, max_tiles=min(chat.max_tiles, each if each == 1 or not chat.use_thumbnail else each - 1))
+
+
 def record_hessian(
     inputs: CalibrationInputs, layer: DecoderLayer, stage: Sequence[str], *, device: str
 ) -> Tensor:
     """The weighted sum of x xT [in, in] over the inputs of the linears in `stage`, which share them.
 
-    Linears from that stage on are not computed: nothing here needs their outputs.
+    inputs: of the half of the layer that the stage belongs to, which is computed up to these linears and no further.
     """
-    names = list(layer.linears)
+    run = run_mlp if inputs.half else run_attention
     recorder = InputRecorder(layer.linears[stage[0]], inputs.token_weights.to(device))
-    later = {name: ZeroLinear(layer.linears[name]) for name in names[names.index(stage[0]) :]}
-    watched = DecoderLayer(layer.config, {**layer.linears, **later, stage[0]: recorder}, layer.norms)
-    for conversation in inputs.conversations:
-        recorder.classes = conversation.classes.to(device)
-        run_layer(watched, conversation, device)
-    return recorder.hessian
+    watched = DecoderLayer(layer.config, {**layer.linears, stage[0]: recorder}, layer.norms)
+    for index, classes in enumerate(inputs.classes):
+        recorder.classes = classes.to(device)
+        with suppress(Recorded):
+            run(watched, inputs.hidden(index), device)
+    return recorder.total()
 
 
-def run_layer(layer: DecoderLayer, conversation: Conversation, device: str) -> Tensor:
-    """Output [1, length, hidden] of a layer for one conversation."""
-    hidden = conversation.hidden.to(device)
-    positions = torch.arange(hidden.shape[1], device=device)[None]
-    return layer(hidden, rotary_tables(positions, layer.config))
+def run_attention(layer: DecoderLayer, hidden: Tensor, device: str) -> Tensor:
+    """Hidden states [1, length, hidden] of one conversation after a layer's attention."""
+    hidden = hidden.to(device)
+    rotary = rotary_tables(torch.arange(hidden.shape[1], device=device)[None], layer.config)
+    normed = rms_norm(hidden, layer.norms["input_layernorm"], layer.config.norm_eps)
+    return hidden + layer.attention(normed, rotary)
 
 
-class ZeroLinear:
-    """Stands for a linear whose output nobody needs."""
-
-    def __init__(self, linear: FloatLinear):
-        self.out_features = linear.weight.shape[0]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return x.new_zeros(()).expand(*x.shape[:-1], self.out_features)
+def run_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> Tensor:
+    """Output [1, length, hidden] of a layer, given what its attention passes on."""
+    hidden = hidden.to(device)
+    return hidden + layer.mlp(rms_norm(hidden, layer.norms["post_attention_layernorm"], layer.config.norm_eps))
 
 
-class InputRecorder(ZeroLinear):
-    """Adds up x xT over its inputs, each token weighted by its class and capped in norm."""
+class Recorded(Exception):
+    """What a layer was run for has been seen."""
+
+
+class InputRecorder:
+    """Stands for a linear and adds up x xT over its inputs, each token weighted by its class and capped in norm."""
 
     def __init__(self, linear: FloatLinear, token_weights: Tensor):
-        super().__init__(linear)
         in_features = linear.weight.shape[1]
         self.token_weights = token_weights
         self.classes = token_weights.new_empty(0, dtype=torch.long)
         self.hessian = linear.weight.new_zeros(in_features, in_features)
+        self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
+        self.waiting: list[Tensor] = []
 
     def __call__(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)  # [length, in]
         norms = rows.square().sum(1)
         cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        weights = self.token_weights[self.classes] * cap
-        self.hessian.addmm_(rows.T, rows * weights[:, None])
-        return super().__call__(x)
+        self.waiting.append(rows * (self.token_weights[self.classes] * cap).sqrt()[:, None])
+        if sum(map(len, self.waiting)) >= ROWS_AT_ONCE:
+            self.add_waiting()
+        raise Recorded
+
+    def add_waiting(self) -> None:
+        """Add what waits to the upper triangle, block by block: the lower one is its mirror."""
+        rows, self.waiting = torch.cat(self.waiting), []
+        for block in self.blocks:
+            first, last = int(block[0]), int(block[-1]) + 1
+            self.hessian[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
+
+    def total(self) -> Tensor:
+        """The whole sum."""
+        if self.waiting:
+            self.add_waiting()
+        for block in self.blocks:
+            first, last = int(block[0]), int(block[-1]) + 1
+            self.hessian[last:, first:last] = self.hessian[first:last, last:].T
+        return self.hessian
 
 
 def layer_of(tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], config: DecoderConfig) -> DecoderLayer:

@@ -95,6 +95,24 @@ class Checkpoint:
                 filled += count
         return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows [len(rows), ...] of a tensor, read one by one: an embedding need not be in memory for its few words.
+
+        rows: int64. Raises as `read`.
+        """
+        stored = self.find(name)
+        wide = stored.nbytes // stored.shape[0]
+        wanted, order = rows.unique(return_inverse=True)
+        with open(stored.path, "rb", buffering=0) as file:
+            found = []
+            for row in wanted.tolist():
+                file.seek(stored.offset + row * wide)
+                found.append(bytearray(file.read(wide)))
+        if any(len(each) != wide for each in found):
+            raise _truncated(stored.path)
+        tensors = [torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for each in found]
+        return torch.stack(tensors)[order]
+
     def find(self, name: str) -> StoredTensor:
         """Where one tensor lies. Raises BrokenCheckpoint if there is none of that name."""
         if name not in self._tensors:

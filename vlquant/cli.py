@@ -90,11 +90,12 @@ def quantize_command(
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
     calib: Annotated[str, typer.Option(metavar="SET", help="Calibration set (gptq).")] = Recipe.calibration,
     samples: Annotated[int, typer.Option(help="Conversations taken from it.")] = Recipe.samples,
+    tokens: Annotated[int, typer.Option(help="Most tokens of each: pictures get fewer tiles.")] = Recipe.tokens,
     output: Annotated[Path | None, output_option("MODEL-METHOD-BITSbit")] = None,
     overwrite: OverwriteOption = False,
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
-    recipe = Recipe(method=method, bits=bits, group_size=group_size, calibration=calib, samples=samples)
+    recipe = Recipe(method=method, bits=bits, group_size=group_size, calibration=calib, samples=samples, tokens=tokens)
     source = model_or_demo(model)
     from vlquant.progress import drawn_progress
     from vlquant.quantize import quantize

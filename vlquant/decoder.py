@@ -217,7 +217,7 @@ class DecoderLayer:
         normed = rms_norm(hidden, self.norms["post_attention_layernorm"], self.config.norm_eps)
         return hidden + self.mlp(normed)
 
-    def attention(self, x: Tensor, rotary, *, visible: Tensor | None, cache: LayerCache | None) -> Tensor:
+    def attention(self, x: Tensor, rotary, *, visible: Tensor | None = None, cache: LayerCache | None = None) -> Tensor:
         """Self-attention over normalised `x` [batch, length, hidden_size]."""
         queries, keys, values = (self._heads(name, x) for name in ("q_proj", "k_proj", "v_proj"))
         if self.config.query_key_norm:

@@ -5,6 +5,7 @@ scales float16 [groups, out], signed, one per group of `group_size` consecutive 
 meaning scale * (code - 2**(bits - 1)).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -148,9 +149,8 @@ def solve(weight: Tensor, column_scales: Tensor, factor: Tensor, *, bits: int) -
     return codes
 
 
-def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    """Root of the squared output error relative to the squared output of `weight`."""
-    difference = weight - rounded
-    lost = ((difference @ hessian) * difference).sum()
+def output_errors(weight: Tensor, rounded: Sequence[Tensor], hessian: Tensor) -> list[float]:
+    """For each rounded weight the root of its squared output error, relative to the squared output of `weight`."""
     total = ((weight @ hessian) * weight).sum()
-    return 0.0 if total == 0 else float((lost / total).clamp(min=0).sqrt())
+    lost = [((difference @ hessian) * difference).sum() for difference in (weight - each for each in rounded)]
+    return [0.0 if total == 0 else float((each / total).clamp(min=0).sqrt()) for each in lost]

@@ -53,6 +53,10 @@ class MergedCheckpoint(Checkpoint):
         down, up = (self.wrapped.read(each).float() for each in (adapter.down, adapter.up))
         return (tensor.float() + SCALE * up @ down).to(tensor.dtype)
 
+    def read_rows(self, name: str, rows: Tensor) -> Tensor:
+        """Some rows of a tensor, adapters added."""
+        return self.read(name)[rows] if name in self.adapters else super().read_rows(name, rows)
+
 
 def merge_adapters(checkpoint: Checkpoint, config: Mapping) -> Checkpoint:
     """`checkpoint` itself, or one that reads as if its LoRA adapters had been merged.

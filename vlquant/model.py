@@ -56,6 +56,15 @@ class Model:
         tensor = self.checkpoint.read(name) if name in self.checkpoint else self._read_stored(name)
         return fit_positions(tensor, self._shapes[name][1]) if name == POSITIONS else tensor
 
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """Precision in which the tensor with canonical `name` is stored."""
+        return self.checkpoint.find(name if name in self.checkpoint else self._stored(name)[0]).dtype
+
+    def embedding_rows(self, ids: Tensor) -> Tensor:
+        """Rows [len(ids), hidden_size] of the embedding, without reading the others."""
+        name = EMBEDDING if EMBEDDING in self.checkpoint else self._stored(EMBEDDING)[0]
+        return self.checkpoint.read_rows(name, ids)
+
     def decoder_layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of decoder layer `index` by relative name ("self_attn.q_proj.weight", ".qweight", ...)."""
         prefix = layer_prefix(index)

@@ -68,9 +68,9 @@ def publishing(output: Path) -> Iterator[Path]:
     cannot be written, or if `output` is a folder that cannot be renamed.
     """
     place = output.resolve()
-    _require_renamable(output, place)
+    require_renamable(output)
     hidden = _hidden_folder(place)
-    lock = _lock(hidden)
+    lock = lock_folder(hidden)
     try:
         yield hidden
         _flush_to_disk(hidden)
@@ -87,8 +87,9 @@ def publishing(output: Path) -> Iterator[Path]:
             os.close(lock)
 
 
-def _require_renamable(output: Path, place: Path) -> None:
-    """Raise OutputRefused now rather than after hours: what exists at `place` is renamed at the end."""
+def require_renamable(output: Path) -> None:
+    """Raise OutputRefused now rather than after hours: what exists at `output` is renamed at the end."""
+    place = output.resolve()
     if place.is_dir() and (Path.cwd().is_relative_to(place) or place.is_mount()):
         raise OutputRefused(
             f"{output} is the current folder, holds it, or is the root of a disk, and cannot be replaced as a whole; "
@@ -113,7 +114,7 @@ def _hidden_folder(output: Path) -> Path:
 def _sweep(output: Path) -> None:
     """Remove hidden folders of earlier runs that were killed; those of running ones are locked."""
     for stale in output.parent.glob(f".{glob.escape(output.name)}.*{HIDDEN_SUFFIX}"):
-        lock = _lock(stale)
+        lock = lock_folder(stale)
         if lock is None:
             continue
         if (stale / output.name).is_dir() and not output.exists():
@@ -122,7 +123,7 @@ def _sweep(output: Path) -> None:
         os.close(lock)
 
 
-def _lock(folder: Path) -> int | None:
+def lock_folder(folder: Path) -> int | None:
     """Lock a folder for the life of this process; None if another process has done so."""
     if fcntl is None:
         return None
@@ -146,7 +147,7 @@ def _replace(hidden: Path, output: Path) -> None:
             older.rmdir()
             raise OutputRefused(f"{output} cannot be replaced ({error.strerror}); choose another folder with -o") from error
     hidden.rename(output)
-    _flush_entry(output.parent)
+    flush_entry(output.parent)
     if older is not None:
         shutil.rmtree(older, ignore_errors=True)
 
@@ -161,10 +162,11 @@ def _umask() -> int:
 def _flush_to_disk(folder: Path) -> None:
     """Make every file and folder below `folder` survive a power failure."""
     for path in (*folder.rglob("*"), folder):
-        _flush_entry(path)
+        flush_entry(path)
 
 
-def _flush_entry(path: Path) -> None:
+def flush_entry(path: Path) -> None:
+    """Make one file, or the names in one folder, survive a power failure."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,16 +176,22 @@ def _flush_entry(path: Path) -> None:
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file, and its folder, so that it is there whole or not at all; raises OutputRefused if that fails."""
-    partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
     try:
         path.parent.mkdir(exist_ok=True)
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.rename(path)
-        _flush_entry(path.parent)
+        replace_text(path, text)
     except OSError as error:
+        raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights") from error
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file in one step that survives a power failure; raises OSError, and then nothing is left of it."""
+    partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        flush_entry(partial)
+        partial.rename(path)
+        flush_entry(path.parent)
+    except OSError:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise OutputRefused(f"{path} cannot be written ({error.strerror}); make room, or check its folder's rights") from error
+        raise

@@ -28,11 +28,13 @@ from vlquant.events import Event, Report, silent
 from vlquant.hf_layout import inexpressible, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, open_model, resolve_model
-from vlquant.publishing import publishing, require_replaceable, require_space
-from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
+from vlquant.publishing import publishing, require_renamable, require_replaceable, require_space
+from vlquant.quantized_layers import gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
+from vlquant.reload import reload_elsewhere
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
+from vlquant.unfinished import UnfinishedRun, resuming
 
 LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "bitsandbytes")
 SOURCE_FILES = (
@@ -56,7 +58,8 @@ def quantize(
 
     output: None means NAME-METHOD-BITSbit in the current directory. A bundle already there that was made from the same
     source with the same recipe is returned as it is; any other needs `overwrite`. `report` receives events.
-    Raises InvalidRecipe, UnsupportedCheckpoint, BrokenCheckpoint or OutputRefused; then nothing is left behind.
+    A run that was killed goes on after its last finished layer if it is repeated; what it has is hidden beside the output.
+    Raises InvalidRecipe, UnsupportedCheckpoint, BrokenCheckpoint or OutputRefused.
     """
     report = report or silent
     folder = resolve_model(model)
@@ -67,13 +70,45 @@ def quantize(
     if is_done(output, recipe, origin):
         report(Event("quantize", message=f"{output} is already this model with this recipe"))
         return output
+    load_tokenizer(folder)  # Whether there is one; it is needed last.
     require_replaceable(output, overwrite=overwrite)
-    require_space(output, bundle_bytes(source, recipe))
+    require_renamable(output)
+    # Finished layers lie beside the bundle until it is whole.
+    require_space(output, 2 * bundle_bytes(source, recipe))
     for remark in remarks(source, output):
         report(Event("quantize", message=remark))
-    with publishing(output) as hidden:
-        write_bundle(hidden, source, recipe=recipe, origin=origin, device=device, report=report)
+    settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
+    with resuming(output, settings, overwrite=overwrite) as run:
+        calibration = quantize_layers(run, source, recipe=recipe, device=device, report=report)
+        with publishing(output) as hidden:
+            manifest = begun_manifest(source, origin, recipe, calibration)
+            write_bundle(hidden, source, run, recipe=recipe, manifest=manifest, report=report)
+            reload_elsewhere(hidden)
     return output
+
+
+def machine() -> dict:
+    """What else decides the last bits of the weights."""
+    return {"libraries": library_versions(), "threads": torch.get_num_threads()}
+
+
+def quantize_layers(
+    run: UnfinishedRun, model: Model, *, recipe: Recipe, device: str, report: Report
+) -> Calibration | None:
+    """Quantize what layers of `model` are not finished, each kept as soon as it is; returns what it was calibrated on."""
+    count, start, calibration = model.config.decoder.layers, run.layers, None
+    if start:
+        report(Event("layers", start, count, message=f"going on after layer {start} of {count}"))
+    if recipe.method == "gptq":
+        inputs = calibration_inputs(model, run.folder, recipe=recipe, device=device, report=report, layer=start)
+        calibration = describe_calibration(recipe, inputs)
+        layers = gptq_layers(model, inputs, recipe=recipe, device=device)
+    else:
+        layers = rounded_layers(model, recipe, start=start, device=device)
+    for index, layer in enumerate(layers, start):
+        run.keep(index, layer)
+        report(Event("layers", index + 1, count))
+    return calibration
 
 
 def remarks(source: Model, output: Path) -> Iterable[str]:
@@ -86,52 +121,54 @@ def remarks(source: Model, output: Path) -> Iterable[str]:
         yield f"{output} is replaced: export its vision tower and check it again afterwards"
 
 
-def write_bundle(
-    folder: Path, model: Model, *, recipe: Recipe, origin: Source, device: str = "cpu", report: Report = silent
-) -> None:
-    """Write the whole bundle of `model` into the empty `folder`."""
-    tokenizer = load_tokenizer(model.folder)
-    writer = ShardWriter(folder)
-    embedding = model.tensor(EMBEDDING)
-    for name in names_outside_layers(model.config):
-        writer.add(name, embedding if name == EMBEDDING else model.tensor(name))
-    dtype = str(embedding.dtype).removeprefix("torch.")
-    del embedding
-    calibration, layers = None, rounded_layers(model, recipe, device=device)
-    if recipe.method == "gptq":
-        inputs = calibration_inputs(model, tokenizer, recipe=recipe, device=device, report=report)
-        calibration = describe_calibration(recipe, inputs)
-        layers = gptq_layers(model, inputs, recipe=recipe, device=device)
-    modules = add_layers(writer, layers, count=model.config.decoder.layers, report=report)
-    writer.close()
-    write_fast_tokenizer(model.folder, folder)
-    write_settings(folder, model.config, tokenizer, recipe=recipe, dtype=dtype)
-    paths = sorted(path for path in folder.iterdir() if path.is_file())
-    manifest = Manifest(
+def begun_manifest(source: Model, origin: Source, recipe: Recipe, calibration: Calibration | None) -> Manifest:
+    """What is known of a bundle before its files are written."""
+    return Manifest(
         name=f"{origin.name}-{recipe.label}",
         source=origin,
-        source_config=model.config.source,
+        source_config=source.config.source,
         recipe=recipe.to_dict(),
         calibration=calibration,
-        modules=modules,
         libraries=library_versions(),
-        files={path.name: file_hash(path) for path in paths},
-        sizes={path.name: path.stat().st_size for path in paths},
     )
+
+
+def write_bundle(
+    folder: Path, model: Model, run: UnfinishedRun, *, recipe: Recipe, manifest: Manifest, report: Report
+) -> None:
+    """Write the whole bundle of `model`, whose layers are all in `run`, into the empty `folder`.
+
+    manifest: from `begun_manifest`.
+    """
+    modules = write_weights(folder, model, run, report=report)
+    tokenizer = load_tokenizer(model.folder)
+    write_fast_tokenizer(model.folder, folder)
+    dtype = str(model.stored_dtype(EMBEDDING)).removeprefix("torch.")
+    write_settings(folder, model.config, tokenizer, recipe=recipe, dtype=dtype)
+    paths = sorted(path for path in folder.iterdir() if path.is_file())
+    written = {
+        "modules": modules,
+        "files": {path.name: file_hash(path) for path in paths},
+        "sizes": {path.name: path.stat().st_size for path in paths},
+    }
+    manifest = manifest.model_copy(update=written)
     write_manifest(folder, manifest)
     warn_of_fallbacks(manifest, report)
 
 
-def add_layers(
-    writer: ShardWriter, layers: Iterable[QuantizedLayer], *, count: int, report: Report
-) -> list[ModuleRecord]:
-    """Write decoder layers one after the other as they are quantized; returns what it did to their linears."""
-    modules = []
-    for index, layer in enumerate(layers):
+def write_weights(folder: Path, model: Model, run: UnfinishedRun, *, report: Report) -> list[ModuleRecord]:
+    """Write the shards: what is copied as it is, then the finished layers; returns what was done to their linears."""
+    writer, modules = ShardWriter(folder), []
+    for name in names_outside_layers(model.config):
+        writer.add(name, model.tensor(name))
+    count = model.config.decoder.layers
+    for index in range(count):
+        layer, prefix = run.layer(index), layer_prefix(index)
         for name, tensor in layer.tensors.items():
-            writer.add(layer_prefix(index) + name, tensor)
-        modules += [record.model_copy(update={"name": layer_prefix(index) + record.name}) for record in layer.records]
-        report(Event("layers", index + 1, count))
+            writer.add(prefix + name, tensor)
+        modules += [record.model_copy(update={"name": prefix + record.name}) for record in layer.records]
+        report(Event("packing", index + 1, count))
+    writer.close()
     return modules
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlquant import bnb, gptq
 from vlquant.bundle import ModuleRecord
-from vlquant.calibrate import CalibrationInputs, layer_of, record_hessian, run_layer
+from vlquant.calibrate import CalibrationInputs, layer_of, record_hessian
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
 from vlquant.hf_layout import STAGES
 from vlquant.model import Model
@@ -20,6 +20,9 @@ from vlquant.packing import pack_gptq
 from vlquant.recipe import Recipe
 
 Layer = dict[str, Tensor]
+
+AFTER_ATTENTION = LINEARS[3:4]
+"""The stage that ends the first half of a layer."""
 
 
 @dataclass(frozen=True)
@@ -34,15 +37,19 @@ class QuantizedLayer:
 def gptq_layers(
     model: Model, inputs: CalibrationInputs, *, recipe: Recipe, device: str
 ) -> Iterator[QuantizedLayer]:
-    """All layers by GPTQ, each calibrated on what the quantized layers before it pass on."""
+    """Layers by GPTQ from the one whose inputs are given, each calibrated on what the quantized layers before it pass on."""
     config = model.config.decoder
-    for index in range(config.layers):
-        yield quantize_layer(model.decoder_layer(index), inputs, config=config, recipe=recipe, device=device)
+    for index in range(inputs.layer, config.layers):
+        layer, outputs = quantize_layer(model.decoder_layer(index), inputs, config=config, recipe=recipe, device=device)
+        yield layer
+        # Only now nobody needs this layer's inputs any more: a run that stopped before would begin it anew.
+        inputs = outputs
+        inputs.forget_earlier()
 
 
-def rounded_layers(model: Model, recipe: Recipe, *, device: str = "cpu") -> Iterator[QuantizedLayer]:
-    """All layers by a method that looks at nothing but weights; records hold errors of weights, not of outputs."""
-    for index in range(model.config.decoder.layers):
+def rounded_layers(model: Model, recipe: Recipe, *, start: int = 0, device: str = "cpu") -> Iterator[QuantizedLayer]:
+    """Layers from `start` by a method that looks at nothing but weights; records hold errors of weights, not of outputs."""
+    for index in range(start, model.config.decoder.layers):
         tensors, records = {}, []
         for name, tensor in model.decoder_layer(index).items():
             module, _, kind = name.rpartition(".")
@@ -76,10 +83,10 @@ def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, fl
 
 def quantize_layer(
     tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, device: str
-) -> QuantizedLayer:
+) -> tuple[QuantizedLayer, CalibrationInputs]:
     """Quantize one decoder layer, each stage calibrated on the outputs of the quantized stages before it.
 
-    tensors: by relative name, any float dtype. `inputs` move on to the next layer.
+    tensors: by relative name, any float dtype. Returns it with the inputs of the next layer.
     """
     floats = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
@@ -98,11 +105,11 @@ def quantize_layer(
             packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         layer = layer_of(floats, linears, config)
-    for conversation in inputs.conversations:
-        conversation.hidden = run_layer(layer, conversation, device).cpu()
+        if stage == AFTER_ATTENTION:
+            inputs = inputs.through_attention(layer, device)
     biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
-    return QuantizedLayer(kept | stored | biases, records)
+    return QuantizedLayer(kept | stored | biases, records), inputs.through_mlp(layer, device)
 
 
 def stored_bias(floats: Layer, name: str) -> Tensor | None:
@@ -121,10 +128,8 @@ def describe_module(name: str, weight: Tensor, part: gptq.Rounding, hessian: Ten
     """What rounding `weight` cost, and what rounding it to the nearest code would have cost."""
     group_size = weight.shape[1] // part.scales.shape[0]
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
-    error, nearest_error = (
-        rounded_off(gptq.output_error(weight, gptq.dequantize(codes, part.scales, bits=bits), hessian))
-        for codes in (part.codes, nearest)
-    )
+    rounded = [gptq.dequantize(codes, part.scales, bits=bits) for codes in (part.codes, nearest)]
+    error, nearest_error = map(rounded_off, gptq.output_errors(weight, rounded, hessian))
     return ModuleRecord(
         name=name, error=error, nearest_error=nearest_error, damping=part.damping, fallback=part.damping is None
     )

@@ -8,7 +8,7 @@ METHODS = ("gptq", "rtn", "bnb")
 BITS = (4, 8)
 GROUP_SIZES = (32, 64, 128, -1)
 USED = {
-    "gptq": ("group_size", "damping", "calibration", "samples", "seed"),
+    "gptq": ("group_size", "damping", "calibration", "samples", "tokens", "seed"),
     "rtn": ("group_size",),
     "bnb": (),
 }
@@ -36,6 +36,8 @@ class Recipe:
     """Name of the calibration set. GPTQ only."""
     samples: int = 128
     """Conversations taken from the calibration set. GPTQ only."""
+    tokens: int = 2048
+    """Most tokens of a calibration conversation; its pictures get fewer tiles to stay below, down to one each. GPTQ only."""
     seed: int = 0
     """Seed of the calibration set. GPTQ only."""
 
@@ -57,6 +59,8 @@ class Recipe:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if self.calibration != "builtin":
             raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin")
+        if self.tokens < 1:
+            raise InvalidRecipe(f"{self.tokens} tokens per calibration conversation are too few; use --tokens 1 or more")
         if self.samples < 1:
             raise InvalidRecipe(f"{self.samples} calibration samples are too few; use --samples 1 or more")
 

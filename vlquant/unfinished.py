@@ -1,0 +1,134 @@
+"""The working folder of a quantization: finished layers outlive whatever stops it, and the same command goes on after them.
+
+Knows the files of a run and what it was started with; nothing of models.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from safetensors import safe_open
+
+from vlquant.bundle import ModuleRecord
+from vlquant.errors import (
+    BrokenCheckpoint,
+    InvalidRecipe,
+    InvalidRequest,
+    MissingDependency,
+    OutputRefused,
+    UnsupportedCheckpoint,
+)
+from vlquant.publishing import NO_SPACE, flush_entry, lock_folder, replace_text
+from vlquant.quantized_layers import QuantizedLayer
+from vlquant.shards import write_safetensors
+
+SETTINGS = "started-with.json"
+RECORDS = "records"
+HOPELESS = (BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, UnsupportedCheckpoint)
+"""Repeating the same command would end in the same way."""
+
+
+class UnfinishedRun:
+    """Layers quantized so far, one file each, every one of them whole."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    @property
+    def layers(self) -> int:
+        """How many layers are finished; they are always the first ones."""
+        count = 0
+        while self._part(count).exists():
+            count += 1
+        return count
+
+    def keep(self, index: int, layer: QuantizedLayer) -> None:
+        """Write one layer so that it survives a loss of power."""
+        records = json.dumps([record.model_dump() for record in layer.records])
+        partial = self._part(index).with_suffix(".partial")
+        write_safetensors(partial, layer.tensors, metadata={RECORDS: records})
+        flush_entry(partial)
+        partial.rename(self._part(index))
+        flush_entry(self.folder)
+
+    def layer(self, index: int) -> QuantizedLayer:
+        """A finished layer."""
+        with safe_open(self._part(index), "pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            records = json.loads(file.metadata()[RECORDS])
+        return QuantizedLayer(tensors, [ModuleRecord.model_validate(record) for record in records])
+
+    def _part(self, index: int) -> Path:
+        return self.folder / f"layer-{index:05}.safetensors"
+
+
+@contextmanager
+def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[UnfinishedRun]:
+    """The run that is to become `output`: an interrupted one with the same settings goes on, else a new one begins.
+
+    It is removed when all is done, on a failure before its first layer was finished, and when the request turns out to be
+    one that cannot be carried out. Raises OutputRefused for an interrupted run with other settings, naming the
+    difference, unless it may be overwritten.
+    """
+    place = output.resolve()
+    folder = place.with_name(f".{place.name}.unfinished")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputRefused(f"{output} cannot be written ({error.strerror}); choose another folder with -o") from error
+    lock = lock_folder(folder)
+    if lock is None and os.name == "posix":
+        raise OutputRefused(f"{output} is being written by another vlquant; wait for it, or choose another folder with -o")
+    run = UnfinishedRun(folder)
+    try:
+        begin(run, output, settings, overwrite=overwrite)
+        yield run
+        shutil.rmtree(folder)
+    except (OSError, OutputRefused) as error:
+        cause = error.__cause__ if isinstance(error, OutputRefused) else error  # Publishing has said it in its own words.
+        if not isinstance(cause, OSError) or cause.errno not in NO_SPACE:
+            raise
+        raise OutputRefused(f"{output} could not be written because there is no space left; {way_out(run)}") from error
+    except HOPELESS:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        if not run.layers:
+            shutil.rmtree(folder, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def begin(run: UnfinishedRun, output: Path, settings: dict, *, overwrite: bool) -> None:
+    """Note what the run is started with, or compare that with what it was started with."""
+    path = run.folder / SETTINGS
+    settings = json.loads(json.dumps(settings))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
+    if before != settings:
+        if not overwrite:
+            raise OutputRefused(
+                f"an interrupted run for {output} was started with {difference(before, settings)}; "
+                "repeat that command to finish it, or add --overwrite to begin anew"
+            )
+        for each in run.folder.iterdir():
+            each.unlink()
+    if not path.exists():
+        replace_text(path, json.dumps(settings, indent=2))
+
+
+def difference(before: object, now: object, name: str = "") -> str:
+    """The first entry in which two settings differ, in words."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        key = next(key for key in sorted(before.keys() | now.keys()) if before.get(key) != now.get(key))
+        return difference(before.get(key), now.get(key), f"{name} {key}".strip())
+    return f"{name} {before}, now {now}"
+
+
+def way_out(run: UnfinishedRun) -> str:
+    """What to do about a full disk."""
+    if run.layers:
+        return f"make room and repeat the command, which goes on after layer {run.layers}"
+    return "make room or choose another disk with -o"
