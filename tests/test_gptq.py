@@ -115,3 +115,26 @@ def test_hopeless_hessian_falls_back_to_the_nearest_code(layer, entry):
     found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
     assert found.damping is None
     assert torch.equal(found.codes, gptq.nearest_codes(weight, gptq.expand_scales(found.scales, 64), 4))
+
+
+def test_what_unseen_inputs_suffer_less_from_is_taken():
+    """A GPTQ that has seen hardly anything is no better than rounding; one that has seen the like of the judge is."""
+    from vlquant.quantized_layers import better_rounding
+
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128)
+    mixing = torch.randn(128, 128) * torch.logspace(0, -2, 128)
+    seen, unseen, few = (torch.randn(count, 128) @ mixing for count in (4096, 4096, 3))
+    for inputs, method in ((seen, "gptq"), (few, "rounding")):
+        rounding = gptq.quantize_weight(weight, inputs.T @ inputs, bits=4, group_size=32, damping=0.01)
+        chosen, record = better_rounding("x", weight, rounding, unseen.T @ unseen, 4)
+        assert record.method == method
+        assert torch.equal(chosen.codes, rounding.codes) == (method == "gptq") and record.error <= record.nearest_error
+
+
+def test_one_conversation_of_eight_is_held_out(tmp_path):
+    from vlquant.calibrate import CalibrationInputs
+
+    few, many = (CalibrationInputs(tmp_path, (torch.zeros(3, dtype=torch.long),) * count, 4) for count in (7, 17))
+    assert [index for index in range(7) if few.holds_out(index)] == []
+    assert [index for index in range(17) if many.holds_out(index)] == [7, 15]

@@ -48,7 +48,18 @@ def test_dtypes_are_those_of_the_format():
     assert all(tensor.is_contiguous() for tensor in packed.values())
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (8, 64)])
+def test_three_bits_are_a_stream_as_in_autogptq():
+    """Codes 10 and 21 of every 32 lie across the ends of words."""
+    codes = torch.zeros(32, 32, dtype=torch.uint8)
+    codes[0, 10], codes[1, 21], codes[2, 0], codes[3, 31] = 0b101, 0b011, 7, 7
+    words = packing.pack_gptq(codes, torch.ones(1, 32, dtype=torch.float16), bits=3, group_size=32)["qweight"]
+    assert words.shape == (3, 32)
+    assert (words[:, 0].long() & 2**32 - 1).tolist() == [0b01 << 30, 1, 0]
+    assert (words[:, 1].long() & 2**32 - 1).tolist() == [0, 1 << 31, 0b01]
+    assert words[:, 2].tolist() == [7, 0, 0] and words[2, 3] == (7 << 29) - 2**32
+
+
+@pytest.mark.parametrize(("bits", "group_size"), [(3, 32), (3, -1), (4, 32), (4, 128), (4, -1), (8, 64)])
 def test_unpacking_returns_what_was_packed(bits, group_size):
     generator = torch.Generator().manual_seed(bits)
     codes = torch.randint(0, 2**bits, (96, 256), dtype=torch.uint8, generator=generator)

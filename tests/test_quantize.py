@@ -26,6 +26,7 @@ QWEN2 = GOLDEN / "qwen2_internvl2_5_vit6b"
 RECIPES = {
     "gptq-4": Recipe(group_size=32, samples=3),
     "gptq-8": Recipe(bits=8, group_size=-1, samples=3),
+    "gptq-3": Recipe(bits=3, group_size=32, samples=3),
     "rtn-4": Recipe(method="rtn", group_size=32),
     "rtn-8": Recipe(method="rtn", bits=8, group_size=-1),
     "bnb-4": Recipe(method="bnb"),
@@ -59,7 +60,7 @@ def stored_weight(tensors, recipe):
 def test_only_language_linears_change(bundles, source, label):
     folder = bundles(source, label)
     original, written = open_model(source), open_model(folder)
-    limit = {"gptq-4": 0.25, "gptq-8": 0.02, "rtn-4": 0.1, "rtn-8": 0.02, "bnb-4": 0.12, "bnb-8": 0.01}[label]
+    limit = {"gptq-4": 0.25, "gptq-3": 0.5, "gptq-8": 0.02, "rtn-4": 0.1, "rtn-8": 0.02, "bnb-4": 0.12, "bnb-8": 0.01}[label]
     stored = {name for path in folder.glob("*.safetensors") for name in load_file(path)}
     assert not any("vision_tower" in name and ("qweight" in name or "absmax" in name or "SCB" in name) for name in stored)
     for name, tensor in original.vision_tensors().items():
@@ -166,7 +167,7 @@ def test_bundle_is_not_quantized_again(bundles, tmp_path):
 
 def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
     events, record = [], quantizing.record_hessian
-    monkeypatch.setattr(quantizing, "record_hessian", lambda *inputs, **where: record(*inputs, **where) * torch.nan)
+    monkeypatch.setattr(quantizing, "record_hessian", lambda *inputs, **where: [each * torch.nan for each in record(*inputs, **where)])
     output = quantize(INTERNLM2, recipe=RECIPES["gptq-4"], output=tmp_path / "out", report=events.append)
     manifest = read_manifest(output)
     assert len(manifest.fallbacks) == len(manifest.modules) and "warning" in events[-1].message

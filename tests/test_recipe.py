@@ -14,7 +14,8 @@ from vlquant.recipe import Recipe
     ("fields", "words"),
     [
         ({"method": "awq"}, "--method"),
-        ({"bits": 3}, "--bits 4"),
+        ({"bits": 5}, "--bits 4"),
+        ({"method": "bnb", "bits": 3}, "--bits 4"),
         ({"group_size": 48}, "--group-size 32"),
         ({"method": "bnb", "group_size": 64}, "leave --group-size out"),
         ({"method": "bnb", "samples": 8}, "leave --samples out"),

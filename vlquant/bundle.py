@@ -44,6 +44,8 @@ class ModuleRecord(Record):
     """What quantizing did to one linear. Errors are relative, over the calibration inputs."""
 
     name: str
+    method: str
+    """"gptq"; "rounding" where that was better for inputs GPTQ had not seen, or GPTQ failed; "rtn" or "bnb"."""
     error: float | None
     """None if the calibration inputs were not finite."""
     nearest_error: float | None

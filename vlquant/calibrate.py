@@ -34,6 +34,8 @@ TILES_AT_ONCE = 8
 ROWS_AT_ONCE = 2048
 """Inputs that wait to be added up together: longer products are faster ones."""
 CLASSES_FILE = "classes.json"
+HOLD_OUT_EVERY = 8
+"""One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
 TEXT_TOKENS = 128
 """Room left for question, answer and system message."""
 
@@ -62,6 +64,10 @@ class CalibrationInputs:
     @property
     def tokens(self) -> int:
         return sum(map(len, self.classes))
+
+    def holds_out(self, index: int) -> bool:
+        """Whether a conversation only judges what the others decide; of few, all do both."""
+        return len(self.classes) >= HOLD_OUT_EVERY and index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
@@ -180,19 +186,20 @@ def fitting_request(sample: sets.Sample, question: Question, config: ModelConfig
 
 def record_hessian(
     inputs: CalibrationInputs, layer: DecoderLayer, stage: Sequence[str], *, device: str
-) -> Tensor:
-    """The weighted sum of x xT [in, in] over the inputs of the linears in `stage`, which share them.
+) -> tuple[Tensor, Tensor]:
+    """The weighted sum of x xT [in, in] over the inputs of the linears in `stage`, which share them; and that of those held out.
 
     inputs: of the half of the layer that the stage belongs to, which is computed up to these linears and no further.
     """
     run = run_mlp if inputs.half else run_attention
-    recorder = InputRecorder(layer.linears[stage[0]], inputs.token_weights.to(device))
-    watched = DecoderLayer(layer.config, {**layer.linears, stage[0]: recorder}, layer.norms)
+    recorders = [InputRecorder(layer.linears[stage[0]], inputs.token_weights.to(device)) for _ in range(2)]
     for index, classes in enumerate(inputs.classes):
+        recorder = recorders[inputs.holds_out(index)]
         recorder.classes = classes.to(device)
         with suppress(Recorded):
-            run(watched, inputs.hidden(index), device)
-    return recorder.total()
+            run(DecoderLayer(layer.config, {**layer.linears, stage[0]: recorder}, layer.norms), inputs.hidden(index), device)
+    decided, judged = recorders
+    return decided.total(), judged.total() if judged.seen else decided.hessian
 
 
 def run_attention(layer: DecoderLayer, hidden: Tensor, device: str) -> Tensor:
@@ -220,7 +227,7 @@ class InputRecorder:
         in_features = linear.weight.shape[1]
         self.token_weights = token_weights
         self.classes = token_weights.new_empty(0, dtype=torch.long)
-        self.hessian = linear.weight.new_zeros(in_features, in_features)
+        self.shape, self.hessian = (in_features, in_features), None
         self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
         self.waiting: list[Tensor] = []
 
@@ -233,9 +240,15 @@ class InputRecorder:
             self.add_waiting()
         raise Recorded
 
+    @property
+    def seen(self) -> bool:
+        """Whether there were any inputs."""
+        return bool(self.waiting) or self.hessian is not None
+
     def add_waiting(self) -> None:
         """Add what waits to the upper triangle, block by block: the lower one is its mirror."""
         rows, self.waiting = torch.cat(self.waiting), []
+        self.hessian = rows.new_zeros(self.shape) if self.hessian is None else self.hessian
         for block in self.blocks:
             first, last = int(block[0]), int(block[-1]) + 1
             self.hessian[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])

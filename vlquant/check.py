@@ -20,7 +20,7 @@ from vlquant.runtime.pipeline import load
 from vlquant.shards import file_hash
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Interval, decide, paired_interval, pictures_needed
 
-MARGINS = {4: 1.5, 8: 1.0}
+MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""
 SCENES = 800
 """Scenes of the default set, about 2,800 questions."""

@@ -86,7 +86,7 @@ def vlquant(
 def quantize_command(
     model: ModelArgument = None,
     method: Annotated[str, typer.Option(help="gptq, rtn (rounding, no data) or bnb (bitsandbytes: NF4, int8).")] = Recipe.method,
-    bits: Annotated[int, typer.Option(help="Bits per weight: 4 or 8.")] = Recipe.bits,
+    bits: Annotated[int, typer.Option(help="Bits per weight: 4 or 8; 3 is experimental.")] = Recipe.bits,
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
     calib: Annotated[str, typer.Option(metavar="SET", help="Calibration set (gptq).")] = Recipe.calibration,
     samples: Annotated[int, typer.Option(help="Conversations taken from it.")] = Recipe.samples,

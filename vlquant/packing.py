@@ -11,6 +11,7 @@ from torch import Tensor
 
 WORD = 32
 """Codes are packed into words of 32 bits."""
+WORD_MASK = 2**WORD - 1
 
 
 def symmetric_zero(bits: int) -> int:
@@ -54,17 +55,34 @@ def dequantize_gptq(tensors: Mapping[str, Tensor], *, bits: int, dtype: torch.dt
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    """[rows, columns] codes -> int32 [rows * bits / 32, columns]; of the rows sharing a word the first is the lowest."""
-    per_word = WORD // bits
-    grouped = codes.to(torch.int64).reshape(-1, per_word, codes.shape[1])  # [words, per_word, columns]
-    shifts = torch.arange(0, WORD, bits)[:, None]
-    words = (grouped << shifts).sum(dim=1)
+    """[rows, columns] codes -> int32 [rows * bits / 32, columns]: each column a stream of bits, the first row lowest.
+
+    3 bits do not divide a word: two of 32 codes lie across its ends, as AutoGPTQ has them.
+    """
+    grouped = codes.to(torch.int64).reshape(-1, WORD, codes.shape[1])  # [groups, 32, columns]
+    words = grouped.new_zeros(grouped.shape[0], bits, codes.shape[1])
+    for row in range(WORD):
+        word, shift = divmod(row * bits, WORD)
+        words[:, word] |= grouped[:, row] << shift & WORD_MASK
+        if shift + bits > WORD:
+            words[:, word + 1] |= grouped[:, row] >> (WORD - shift)
     # The top bit of the word is the sign of an int32.
+    words = words.reshape(-1, codes.shape[1])
     return torch.where(words >= 2**31, words - 2**32, words).to(torch.int32)
 
 
 def _unpack_rows(words: Tensor, bits: int) -> Tensor:
     """The inverse of `_pack_rows`: int32 [words, columns] -> uint8 [words * 32 / bits, columns]."""
-    shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)[:, None]
-    codes = (words[:, None, :] >> shifts) & (2**bits - 1)  # [words, per_word, columns]
-    return codes.to(torch.uint8).reshape(-1, words.shape[1])
+    if WORD % bits == 0:
+        shifts = torch.arange(0, WORD, bits, dtype=torch.int32, device=words.device)[:, None]
+        codes = (words[:, None, :] >> shifts) & (2**bits - 1)  # [words, per_word, columns]
+        return codes.to(torch.uint8).reshape(-1, words.shape[1])
+    grouped = (words.to(torch.int64) & WORD_MASK).reshape(-1, bits, words.shape[1])
+    codes = []
+    for row in range(WORD):
+        word, shift = divmod(row * bits, WORD)
+        code = grouped[:, word] >> shift
+        if shift + bits > WORD:
+            code = code | grouped[:, word + 1] << (WORD - shift)
+        codes.append((code & (2**bits - 1)).to(torch.uint8))
+    return torch.stack(codes, dim=1).reshape(-1, words.shape[1])

@@ -75,7 +75,7 @@ def quantize(
     require_renamable(output)
     # Finished layers lie beside the bundle until it is whole.
     require_space(output, 2 * bundle_bytes(source, recipe))
-    for remark in remarks(source, output):
+    for remark in remarks(source, output, recipe):
         report(Event("quantize", message=remark))
     settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
     with resuming(output, settings, overwrite=overwrite) as run:
@@ -111,8 +111,10 @@ def quantize_layers(
     return calibration
 
 
-def remarks(source: Model, output: Path) -> Iterable[str]:
+def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
     """What the user should know before it starts."""
+    if recipe.bits == 3:
+        yield "3 bits are experimental: the loss is large, and few other programs read them"
     if reason := inexpressible(source.config):
         yield f"only vlquant will read {output}: {reason}"
     if source.checkpoint.adapters:

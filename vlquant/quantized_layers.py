@@ -5,7 +5,7 @@ Tensors are named relative to their layer ("self_attn.q_proj.weight"). The arith
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,7 +60,7 @@ def rounded_layers(model: Model, recipe: Recipe, *, start: int = 0, device: str 
             else:
                 stored, error = round_weight(tensor, recipe, device)
                 tensors |= {f"{module}.{part}": each for part, each in stored.items()}
-                records.append(ModuleRecord(name=module, error=error, nearest_error=error, damping=None, fallback=False))
+                records.append(ModuleRecord(name=module, method=recipe.method, error=error, nearest_error=error, damping=None, fallback=False))
         yield QuantizedLayer(tensors, records)
 
 
@@ -92,14 +92,15 @@ def quantize_layer(
     linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
     layer, stored, records = layer_of(floats, linears, config), {}, []
     for stage in STAGES:
-        hessian = record_hessian(inputs, layer, stage, device=device)
+        hessian, held_out = record_hessian(inputs, layer, stage, device=device)
         weight = torch.cat([linears[name].weight for name in stage])
         rounding = gptq.quantize_weight(
             weight, hessian, bits=recipe.bits, group_size=recipe.group_size, damping=recipe.damping
         )
         for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
             linear = linears[name]
-            records.append(describe_module(name, linear.weight, part, hessian, recipe.bits))
+            part, record = better_rounding(name, linear.weight, part, held_out, recipe.bits)
+            records.append(record)
             rounded = gptq.dequantize(part.codes, part.scales, bits=recipe.bits)
             linears[name] = FloatLinear(rounded, linear.bias)
             packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
@@ -124,15 +125,27 @@ def split_rounding(rounding: gptq.Rounding, rows: Mapping[str, int]) -> dict[str
     return {name: gptq.Rounding(*parts, rounding.damping) for name, *parts in zip(rows, codes, scales, strict=True)}
 
 
-def describe_module(name: str, weight: Tensor, part: gptq.Rounding, hessian: Tensor, bits: int) -> ModuleRecord:
-    """What rounding `weight` cost, and what rounding it to the nearest code would have cost."""
+def better_rounding(
+    name: str, weight: Tensor, part: gptq.Rounding, held_out: Tensor, bits: int
+) -> tuple[gptq.Rounding, ModuleRecord]:
+    """GPTQ's rounding of a linear, or that to the nearest code with the same scales where unseen inputs suffer less from it.
+
+    held_out: the Hessian of inputs that GPTQ did not see. Returns it with what it cost and what the nearest code costs.
+    """
     group_size = weight.shape[1] // part.scales.shape[0]
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
     rounded = [gptq.dequantize(codes, part.scales, bits=bits) for codes in (part.codes, nearest)]
-    error, nearest_error = map(rounded_off, gptq.output_errors(weight, rounded, hessian))
-    return ModuleRecord(
-        name=name, error=error, nearest_error=nearest_error, damping=part.damping, fallback=part.damping is None
+    error, nearest_error = gptq.output_errors(weight, rounded, held_out)
+    worse = nearest_error < error
+    record = ModuleRecord(
+        name=name,
+        method="gptq" if part.damping is not None and not worse else "rounding",
+        error=rounded_off(nearest_error if worse else error),
+        nearest_error=rounded_off(nearest_error),
+        damping=part.damping,
+        fallback=part.damping is None,
     )
+    return (replace(part, codes=nearest) if worse else part), record
 
 
 def rounded_off(error: float) -> float | None:

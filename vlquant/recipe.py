@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from vlquant.errors import InvalidRecipe
 
 METHODS = ("gptq", "rtn", "bnb")
-BITS = (4, 8)
+BITS = {"gptq": (3, 4, 8), "rtn": (3, 4, 8), "bnb": (4, 8)}
 GROUP_SIZES = (32, 64, 128, -1)
 USED = {
     "gptq": ("group_size", "damping", "calibration", "samples", "tokens", "seed"),
@@ -27,7 +27,7 @@ class Recipe:
     method: str = "gptq"
     """"gptq", "rtn" (rounding with searched scales, stored as GPTQ is) or "bnb" (bitsandbytes: NF4 for 4 bits, int8 for 8)."""
     bits: int = 4
-    """Bits per weight: 4 or 8."""
+    """Bits per weight: 4, 8 or, experimental and not with bitsandbytes, 3."""
     group_size: int = 128
     """Input columns sharing one scale; -1: all of them. GPTQ and RTN."""
     damping: float = 0.05
@@ -44,8 +44,8 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}")
-        if self.bits not in BITS:
-            raise InvalidRecipe(f"{self.bits} bits per weight are not supported; use --bits 4 or --bits 8")
+        if self.bits not in BITS[self.method]:
+            raise InvalidRecipe(f"{self.bits} bits per weight are not supported by {self.method}; use --bits 4 or --bits 8")
         if self.group_size not in GROUP_SIZES:
             raise InvalidRecipe(
                 f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)"
