@@ -95,7 +95,9 @@ class PackedGptqLinear(PackedLinear):
         codes, scales, zeros = unpack_gptq(tensors, self.bits)
         groups = torch.arange(in_features) // (in_features // scales.shape[0])
         zero = symmetric_zero(self.bits)
-        if not torch.equal(tensors["g_idx"].long(), groups) or bool((zeros != zero).any()):
+        # Version 2 of the format stores the zero itself, so that reading it as version 1 gives one more.
+        symmetric = bool((zeros == zero).all()) or bool((zeros == zero + 1).all())
+        if not torch.equal(tensors["g_idx"].long(), groups) or not symmetric:
             raise UnsupportedCheckpoint(
                 "GPTQ weights with activation order or asymmetric zeros are not supported here; quantize again with vlquant"
             )

@@ -90,6 +90,24 @@ def test_quantize_passes_every_option(stand_in):
     assert (keywords["output"], keywords["overwrite"]) == (Path("out"), True)
 
 
+def test_quantize_tells_programs_and_the_curious_more(stand_in, monkeypatch):
+    import json
+
+    def quantize(source, *, report, **_):
+        from vlquant.events import Event
+
+        report(Event("layers", 1, 2, details=("layer 0 mlp.up_proj: error 3 %",)))
+        return "bundle"
+
+    stand_in("vlquant.quantize", "quantize")
+    monkeypatch.setattr(sys.modules["vlquant.quantize"], "quantize", quantize)
+    assert "up_proj" not in run("quantize", "model").stderr
+    assert "layer 0 mlp.up_proj: error 3 %" in run("quantize", "-v", "model").stderr
+    done = run("quantize", "--json", "model")
+    told = [json.loads(line) for line in done.stderr.splitlines()]
+    assert done.stdout == "bundle\n" and told[0]["stage"] == "layers" and told[0]["details"] == ["layer 0 mlp.up_proj: error 3 %"]
+
+
 def test_quantize_without_a_model_says_that_it_takes_the_demo(stand_in):
     calls = stand_in("vlquant.quantize", "quantize", result=Path("bundle"))
     stand_in("vlquant.calib_data", "demo_model", result=Path("demo"))

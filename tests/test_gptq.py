@@ -132,9 +132,9 @@ def test_what_unseen_inputs_suffer_less_from_is_taken():
         assert torch.equal(chosen.codes, rounding.codes) == (method == "gptq") and record.error <= record.nearest_error
 
 
-def test_one_conversation_of_eight_is_held_out(tmp_path):
+def test_one_conversation_of_sixteen_is_held_out(tmp_path):
     from vlquant.calibrate import CalibrationInputs
 
-    few, many = (CalibrationInputs(tmp_path, (torch.zeros(3, dtype=torch.long),) * count, 4) for count in (7, 17))
-    assert [index for index in range(7) if few.holds_out(index)] == []
-    assert [index for index in range(17) if many.holds_out(index)] == [7, 15]
+    few, many = (CalibrationInputs(tmp_path, (torch.zeros(3, dtype=torch.long),) * count, 4) for count in (15, 33))
+    assert [index for index in range(15) if few.holds_out(index)] == []
+    assert [index for index in range(33) if many.holds_out(index)] == [15, 31]

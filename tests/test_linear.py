@@ -107,6 +107,16 @@ def test_foreign_gptq_variants_are_refused(change):
         make_linear(tensors, workspace=Workspace())
 
 
+def test_version_two_of_the_format_means_the_same():
+    """It stores zeros as they are, version 1 each less one."""
+    first = gptq_tensors((64, 128), bits=4, group_size=32)
+    second = {**first, "qzeros": torch.full_like(first["qzeros"], 0x88888888 - 2**32)}
+    assert (first["qzeros"] == 0x77777777).all()
+    x = inputs(128)
+    ours, theirs = (make_linear(tensors, workspace=Workspace())(x) for tensors in (first, second))
+    assert torch.equal(ours, theirs)
+
+
 def test_no_bias_leaves_zero_at_zero():
     packed = StoredLinear(weight_of((8, 4)).half(), workspace=Workspace())
     assert torch.equal(packed(torch.zeros(1, 4)), torch.zeros(1, 8))

@@ -192,3 +192,13 @@ def test_a_failed_download_is_one_sentence(monkeypatch):
 
 def test_the_kept_source_parses_again(small_case):
     assert parse_config(small_case.config.source, "again").decoder == small_case.config.decoder
+
+
+@pytest.mark.parametrize("section", [None, "llm_config"])
+def test_what_others_quantized_otherwise_is_named(copied, section):
+    path = copied / "config.json"
+    config = json.loads(path.read_text())
+    (config if section is None else config[section])["quantization_config"] = {"quant_method": "awq", "bits": 4}
+    path.write_text(json.dumps(config))
+    with pytest.raises(UnsupportedCheckpoint, match="quantized with awq"):
+        open_model(copied)

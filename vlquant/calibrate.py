@@ -34,7 +34,7 @@ TILES_AT_ONCE = 8
 ROWS_AT_ONCE = 2048
 """Inputs that wait to be added up together: longer products are faster ones."""
 CLASSES_FILE = "classes.json"
-HOLD_OUT_EVERY = 8
+HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
 TEXT_TOKENS = 128
 """Room left for question, answer and system message."""

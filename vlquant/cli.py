@@ -93,14 +93,16 @@ def quantize_command(
     tokens: Annotated[int, typer.Option(help="Most tokens of each: pictures get fewer tiles.")] = Recipe.tokens,
     output: Annotated[Path | None, output_option("MODEL-METHOD-BITSbit")] = None,
     overwrite: OverwriteOption = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what was done to every linear.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Progress as lines of JSON, for programs.")] = False,
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
     recipe = Recipe(method=method, bits=bits, group_size=group_size, calibration=calib, samples=samples, tokens=tokens)
     source = model_or_demo(model)
-    from vlquant.progress import drawn_progress
+    from vlquant.progress import drawn_progress, json_progress
     from vlquant.quantize import quantize
 
-    with drawn_progress() as report:
+    with json_progress() if as_json else drawn_progress(verbose=verbose) as report:
         bundle = quantize(source, recipe=recipe, output=output, overwrite=overwrite, report=report)
     typer.echo(bundle)
 

@@ -79,6 +79,14 @@ def read_config(folder: str | Path) -> ModelConfig:
     return parse_config(source, where)
 
 
+def quantization_method(folder: Path) -> str | None:
+    """What quantized the checkpoint in `folder`, as its config.json says in the model's or the language model's section."""
+    config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
+    sections = [config, *(config.get(key) for key in ("llm_config", "text_config"))]
+    found = [section["quantization_config"] for section in sections if isinstance(section, dict) and section.get("quantization_config")]
+    return found[0].get("quant_method") if found and isinstance(found[0], dict) else None
+
+
 def _processor(folder: Path) -> Mapping:
     """Settings of an `-hf` checkpoint's image processor, which newer files nest in the processor's."""
     if (folder / "preprocessor_config.json").exists():

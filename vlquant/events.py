@@ -16,6 +16,8 @@ class Event:
     """Steps of the stage; 0: this event is only a message."""
     message: str = ""
     """A line for the user, or nothing."""
+    details: tuple[str, ...] = ()
+    """Lines for a user who wants to know more."""
 
     def __str__(self) -> str:
         """The event as a line of text, for who draws no bars."""

@@ -70,7 +70,10 @@ def modules_table(manifest: Manifest) -> Table:
         errors = (module.error, module.nearest_error) if calibrated else (module.error,)
         table.add_row(module.name.removeprefix("model.language_model."), *map(percent, errors))
     fallbacks = len(manifest.fallbacks)
-    table.caption = f"{fallbacks} rounded to the nearest because GPTQ failed" if fallbacks else None
+    plain = sum(module.method == "rounding" for module in manifest.modules) - fallbacks
+    notes = [f"{fallbacks} rounded to the nearest because GPTQ failed"] if fallbacks else []
+    notes += [f"{plain} rounded to the nearest because inputs that GPTQ had not seen suffered less"] if plain else []
+    table.caption = "; ".join(notes) or None
     return table
 
 

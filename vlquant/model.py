@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlquant.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from vlquant.config import ModelConfig, read_config
+from vlquant.config import ModelConfig, quantization_method, read_config
 from vlquant.decoder import LINEARS, Decoder, FloatLinear, float_layer
 from vlquant.errors import BrokenCheckpoint, MissingDependency, UnsupportedCheckpoint
 from vlquant.family import (
@@ -27,6 +27,8 @@ from vlquant.lora import merge_adapters, refuse_remains
 from vlquant.members import KNOWN_MODELS, nearest_names
 
 HUB_OWNER = "OpenGVLab"
+READABLE = (None, "gptq", "bitsandbytes")
+"""What may have quantized a checkpoint."""
 HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -145,6 +147,11 @@ def open_model(folder: str | Path) -> Model:
     UnsupportedCheckpoint for models this version cannot run.
     """
     config = read_config(folder)
+    method = quantization_method(Path(folder))
+    if method not in READABLE:
+        raise UnsupportedCheckpoint(
+            f"{folder} is quantized with {method}, which vlquant does not read; take the unquantized checkpoint and quantize that"
+        )
     model = Model(Path(folder), config, merge_adapters(open_checkpoint(folder), config.source))
     missing = [name for name in tensor_shapes(config) if not model.has(name) and not is_quantized(model, name)]
     if missing:

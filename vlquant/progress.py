@@ -1,8 +1,11 @@
 """Draws what a long action reports, on standard error: bars on a terminal, now and then a line elsewhere."""
 
+import json
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,7 +17,13 @@ LINE_SECONDS = 15
 
 
 @contextmanager
-def drawn_progress() -> Iterator[Callable[[Event | str], None]]:
+def json_progress() -> Iterator[Callable[[Event], None]]:
+    """What to report to for programs: every event is a line of JSON on standard error."""
+    yield lambda event: print(json.dumps(asdict(event), ensure_ascii=False), file=sys.stderr, flush=True)
+
+
+@contextmanager
+def drawn_progress(*, verbose: bool = False) -> Iterator[Callable[[Event | str], None]]:
     """What to report to: events with steps move the bar of their stage, messages and plain lines are printed."""
     console = Console(stderr=True)
     times = TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
@@ -30,6 +39,8 @@ def drawn_progress() -> Iterator[Callable[[Event | str], None]]:
             move_bar(bars, event)
         elif moving and not message and time.monotonic() - last_line > LINE_SECONDS:
             message = str(event)
+        for line in event.details if verbose and not isinstance(event, str) else ():
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
         if message:
             # Not rich markup: names in square brackets are ours. No wrapping: a log line is one line.
             console.print(message, style="dim", markup=False, highlight=False, soft_wrap=True)

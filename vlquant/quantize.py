@@ -107,7 +107,7 @@ def quantize_layers(
         layers = rounded_layers(model, recipe, start=start, device=device)
     for index, layer in enumerate(layers, start):
         run.keep(index, layer)
-        report(Event("layers", index + 1, count))
+        report(Event("layers", index + 1, count, details=tuple(told(index, record) for record in layer.records)))
     return calibration
 
 
@@ -121,6 +121,13 @@ def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
         yield f"{len(source.checkpoint.adapters)} LoRA adapters in {source.folder} are merged into their weights"
     if (output / "vision").is_dir():
         yield f"{output} is replaced: export its vision tower and check it again afterwards"
+
+
+def told(index: int, record: ModuleRecord) -> str:
+    """What was done to one linear, as a line."""
+    error, nearest = ("not finite" if each is None else f"{100 * each:.2f} %" for each in (record.error, record.nearest_error))
+    damping = "" if record.damping is None else f", damping {record.damping:g}"
+    return f"layer {index} {record.name}: error {error}, rounded only {nearest}, {record.method}{damping}"
 
 
 def begun_manifest(source: Model, origin: Source, recipe: Recipe, calibration: Calibration | None) -> Manifest:
