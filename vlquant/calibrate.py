@@ -73,39 +73,47 @@ class CalibrationInputs:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
         start = sum(map(len, self.classes[:index]))
         values = numpy.fromfile(
-            self._path(), dtype=numpy.float32, count=len(self.classes[index]) * self.width, offset=start * self.width * 4
+            self.path, dtype=numpy.float32, count=len(self.classes[index]) * self.width, offset=start * self.width * 4
         )
         return torch.from_numpy(values).reshape(1, -1, self.width)
 
     def through_attention(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
         """Inputs of the layer's second half."""
         following = replace(self, half="-middle")
-        following.write(run_attention(layer, self.hidden(index), device) for index in range(len(self.classes)))
+        write_states(following.path, (run_attention(layer, self.hidden(index), device) for index in range(len(self.classes))))
         return following
 
     def through_mlp(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
         """Inputs of the next layer."""
         following = replace(self, layer=self.layer + 1, half="")
-        following.write(run_mlp(layer, self.hidden(index), device) for index in range(len(self.classes)))
+        write_states(following.path, (run_mlp(layer, self.hidden(index), device) for index in range(len(self.classes))))
         return following
-
-    def write(self, states: Iterable[Tensor]) -> None:
-        """Write the hidden states of all conversations, in order."""
-        partial = self._path().with_suffix(".partial")
-        with open(partial, "wb") as file:
-            for hidden in states:
-                file.write(hidden.cpu().contiguous().numpy().data)
-        flush_entry(partial)
-        partial.rename(self._path())
 
     def forget_earlier(self) -> None:
         """Remove the inputs of layers that are finished."""
         for path in self.folder.glob("states-*.f32"):
-            if path != self._path():
+            if path != self.path:
                 path.unlink()
 
-    def _path(self) -> Path:
-        return self.folder / f"states-{self.layer:05}{self.half}.f32"
+    @property
+    def path(self) -> Path:
+        """The file of these hidden states, one conversation after the other."""
+        return states_path(self.folder, self.layer, self.half)
+
+
+def states_path(folder: Path, layer: int, half: str = "") -> Path:
+    """Where the inputs of a layer, or of its second half, lie."""
+    return folder / f"states-{layer:05}{half}.f32"
+
+
+def write_states(path: Path, states: Iterable[Tensor]) -> None:
+    """Write hidden states of conversations, in order, so that they survive; no more than one is in memory."""
+    partial = path.with_suffix(".partial")
+    with open(partial, "wb") as file:
+        for hidden in states:
+            file.write(hidden.cpu().contiguous().numpy().data)
+    flush_entry(partial)
+    partial.rename(path)
 
 
 def calibration_inputs(
@@ -120,28 +128,25 @@ def calibration_inputs(
     if known.exists():
         classes = [torch.tensor(each) for each in json.loads(known.read_text())]
         return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, layer)
-    tokenizer = load_tokenizer(model.folder)
-    encoded = [
-        encode_sample(sample, index, model.config, tokenizer, most_tokens=recipe.tokens)
-        for index, sample in enumerate(sets.samples("calibration", recipe.samples, seed=recipe.seed))
-    ]
-    inputs = CalibrationInputs(folder, tuple(classes for _, classes, _ in encoded), model.config.decoder.hidden_size)
-    inputs.write(embedded(model, encoded, device=device, report=report))
-    replace_text(known, json.dumps([classes.tolist() for classes in inputs.classes]))
-    return inputs
+    classes: list[Tensor] = []
+    write_states(states_path(folder, 0), embedded(model, recipe, classes, device=device, report=report))
+    replace_text(known, json.dumps([each.tolist() for each in classes]))
+    return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size)
 
 
-def embedded(model: Model, encoded: Sequence[tuple], *, device: str, report: Report) -> Iterator[Tensor]:
-    """Inputs [1, length, hidden] of the first layer for every encoded sample."""
-    weights = VisionWeights(model, device)
-    for index, (ids, classes, pixels) in enumerate(encoded):
+def embedded(model: Model, recipe: Recipe, classes: list[Tensor], *, device: str, report: Report) -> Iterator[Tensor]:
+    """Inputs [1, length, hidden] of the first layer for every sample; what its tokens are is added to `classes`."""
+    weights, tokenizer = VisionWeights(model, device), load_tokenizer(model.folder)
+    for index, sample in enumerate(sets.samples("calibration", recipe.samples, seed=recipe.seed)):
+        ids, own, pixels = encode_sample(sample, index, model.config, tokenizer, most_tokens=recipe.tokens)
         hidden = model.embedding_rows(ids).float()
         if pixels is not None:
             batches = pixels.split(TILES_AT_ONCE)
             features = [vision_features(batch.to(device), weights, model.config.vision) for batch in batches]
-            hidden[classes == PICTURE] = torch.cat(features).flatten(0, 1).cpu()
+            hidden[own == PICTURE] = torch.cat(features).flatten(0, 1).cpu()
+        classes.append(own)
         yield hidden[None]
-        report(Event("calibration", index + 1, len(encoded)))
+        report(Event("calibration", index + 1, recipe.samples))
 
 
 class VisionWeights:
