@@ -34,7 +34,7 @@ def test_error_is_well_below_rounding(layer, bits, group_size):
     group_size = 256 if group_size == -1 else group_size
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(found.scales, group_size), bits)
     nearest = gptq.dequantize(nearest, found.scales, bits=bits)
-    ours, plain = gptq.output_errors(weight, [rounded, nearest], hessian)
+    ours, plain = (gptq.squared_errors(weight, each, inputs).sum().sqrt() for each in (rounded, nearest))
     assert ours < 0.8 * plain
     assert found.damping == 0.05
 
@@ -119,22 +119,78 @@ def test_hopeless_hessian_falls_back_to_the_nearest_code(layer, entry):
 
 def test_what_unseen_inputs_suffer_less_from_is_taken():
     """A GPTQ that has seen hardly anything is no better than rounding; one that has seen the like of the judge is."""
+    from vlquant.activations import JudgingInputs
     from vlquant.quantized_layers import better_rounding
 
     torch.manual_seed(0)
     weight = torch.randn(64, 128)
     mixing = torch.randn(128, 128) * torch.logspace(0, -2, 128)
     seen, unseen, few = (torch.randn(count, 128) @ mixing for count in (4096, 4096, 3))
+    judging = JudgingInputs(unseen, torch.ones(4096), torch.arange(4096) % 3)
     for inputs, method in ((seen, "gptq"), (few, "rounding")):
         rounding = gptq.quantize_weight(weight, inputs.T @ inputs, bits=4, group_size=32, damping=0.01)
-        chosen, record = better_rounding("x", weight, rounding, unseen.T @ unseen, 4)
+        chosen, record = better_rounding("x", weight, rounding, judging, 4)
         assert record.method == method
         assert torch.equal(chosen.codes, rounding.codes) == (method == "gptq") and record.error <= record.nearest_error
+        assert set(record.class_errors) == {"vision", "prompt", "answer"}
+        rounded = gptq.dequantize(chosen.codes, chosen.scales, bits=4)
+        lost, whole = (unseen[0::3] @ (weight - rounded).T).norm(), (unseen[0::3] @ weight.T).norm()
+        assert record.class_errors["vision"] == pytest.approx(float(lost / whole), rel=1e-3)
 
 
 def test_one_conversation_of_sixteen_is_held_out(tmp_path):
     from vlquant.calibrate import CalibrationInputs
 
-    few, many = (CalibrationInputs(tmp_path, (torch.zeros(3, dtype=torch.long),) * count, 4) for count in (15, 33))
+    classes = torch.tensor([0, 0, 0, 0, 1, 2, 2])
+    few, many = (CalibrationInputs(tmp_path, (classes,) * count, 4, (0.45, 0.15, 0.4)) for count in (15, 33))
     assert [index for index in range(15) if few.holds_out(index)] == []
     assert [index for index in range(33) if many.holds_out(index)] == [15, 31]
+    assert [index for index in range(33) if len(many.judging[index])] == [15, 31]
+    assert all(torch.equal(each, torch.arange(7)) for each in few.judging)
+
+
+def test_judging_tokens_are_spread_over_all_conversations_and_few_of_each_class():
+    from vlquant.calibrate import JUDGES_OF_CLASS, positions_of_judges
+
+    classes = [torch.tensor([0] * 700 + [1] * 5 + [2] * 3)] * 10
+    chosen = positions_of_judges(classes, [index % 2 == 0 for index in range(10)])
+    assert [len(each) > 0 for each in chosen] == [True, False] * 5
+    counts = torch.stack([classes[0][each].bincount(minlength=3) for each in chosen[::2]])
+    assert 0.5 * JUDGES_OF_CLASS < counts[:, 0].sum() <= JUDGES_OF_CLASS and counts[:, 0].max() - counts[:, 0].min() <= 1
+    assert (counts[:, 1:] == torch.tensor([5, 3])).all()
+
+
+@pytest.fixture
+def two_classes():
+    """A weight [96, 256]; ten times as many vision inputs as text inputs, which excite other columns: for GPTQ and unseen."""
+    generator = torch.Generator().manual_seed(11)
+    weight = torch.randn(96, 256, generator=generator) * 0.02
+    mixing = [torch.randn(256, 256, generator=generator) * (0.9 ** torch.arange(256.0))[torch.randperm(256, generator=generator)] for _ in range(2)]
+    draw = lambda count, each: torch.randn(count, 256, generator=generator) @ mixing[each]  # noqa: E731
+    return weight, (draw(8000, 0), draw(800, 1)), (draw(2000, 0), draw(2000, 1))
+
+
+def class_errors(weight, seen, unseen, shares):
+    """Errors for unseen vision and text inputs after GPTQ with these weights of a vision and a text token."""
+    hessian = sum(share * rows.T @ rows for share, rows in zip(shares, seen, strict=True))
+    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    rounded = gptq.dequantize(found.codes, found.scales, bits=4)
+    return [float((gptq.squared_errors(weight, rounded, rows).sum() / (rows @ weight.T).square().sum()).sqrt()) for rows in unseen]
+
+
+def test_balance_helps_text_and_hardly_hurts_vision(two_classes):
+    weight, seen, unseen = two_classes
+    vision, text = class_errors(weight, seen, unseen, (1 / 8800, 1 / 8800))
+    balanced_vision, balanced_text = class_errors(weight, seen, unseen, (0.45 / 8000, 0.55 / 800))
+    assert balanced_text < 0.9 * text
+    assert balanced_vision < 1.5 * vision
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_signed_search_beats_the_largest_value(layer, bits):
+    weight, hessian, inputs = layer
+    searched = gptq.search_scales(weight, hessian.diagonal(), bits=bits, group_size=64)
+    codes = gptq.nearest_codes(weight, gptq.expand_scales(searched, 64), bits)
+    rounded = gptq.dequantize(codes, searched, bits=bits), nearest_with_plain_scales(weight, bits, 64)
+    error, plain_error = (gptq.squared_errors(weight, each, inputs).sum().sqrt() for each in rounded)
+    assert error < 0.9 * plain_error

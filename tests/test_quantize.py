@@ -1,17 +1,18 @@
 """`quantize` on small checkpoints: what is written, what is refused, and what other programs make of it."""
 
 import json
+import shutil
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from vlquant import bnb, gptq, packing
 from vlquant import quantized_layers as quantizing
 from vlquant.bundle import changed_files, read_manifest
 from vlquant.calibrate import ANSWER, PICTURE, calibration_inputs
 from vlquant.decoder import LINEARS
-from vlquant.errors import InvalidRecipe, OutputRefused
+from vlquant.errors import BrokenCheckpoint, InvalidRecipe, OutputRefused
 from vlquant.events import silent
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -166,8 +167,12 @@ def test_bundle_is_not_quantized_again(bundles, tmp_path):
 
 
 def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
-    events, record = [], quantizing.record_hessian
-    monkeypatch.setattr(quantizing, "record_hessian", lambda *inputs, **where: [each * torch.nan for each in record(*inputs, **where)])
+    def not_finite(*inputs, **where):
+        hessian, judging = record(*inputs, **where)
+        return hessian * torch.nan, judging
+
+    events, record = [], quantizing.record_inputs
+    monkeypatch.setattr(quantizing, "record_inputs", not_finite)
     output = quantize(INTERNLM2, recipe=RECIPES["gptq-4"], output=tmp_path / "out", report=events.append)
     manifest = read_manifest(output)
     assert len(manifest.fallbacks) == len(manifest.modules) and "warning" in events[-1].message
@@ -175,6 +180,36 @@ def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
     stored = {name.rpartition(".")[2]: tensor for name, tensor in open_model(output).decoder_layer(0).items() if "up_proj" in name}
     codes, scales, _ = packing.unpack_gptq(stored, 4)
     assert torch.equal(codes, gptq.nearest_codes(weight, gptq.expand_scales(scales, 32), 4))
+
+
+def with_factor(folder, output, name, factor):
+    """A copy of a checkpoint in which one tensor is multiplied."""
+    shutil.copytree(folder, output)
+    tensors = load_file(output / "model.safetensors")
+    tensors[name] = tensors[name] * factor
+    save_file(tensors, output / "model.safetensors", {"format": "pt"})
+    return output
+
+
+def test_activations_that_float16_cannot_hold_are_named(tmp_path):
+    """Everything is computed in float32, so the bundle answers; who computes in float16 is warned, with the layer."""
+    large = with_factor(INTERNLM2, tmp_path / "large", "language_model.model.layers.1.feed_forward.w3.weight", 1e6)
+    events = []
+    manifest = read_manifest(quantize(large, recipe=RECIPES["gptq-4"], output=tmp_path / "out", report=events.append))
+    assert manifest.float16_safe is False
+    assert manifest.ranges[0].largest < 2e4 < manifest.ranges[1].largest and manifest.ranges[1].where.startswith("mlp.")
+    assert "first in layer 1" in events[-1].message and "float32" in events[-1].message
+    assert all(record.error is not None and record.method == "gptq" for record in manifest.modules)
+    harmless = read_manifest(quantize(INTERNLM2, recipe=RECIPES["gptq-4"], output=tmp_path / "harmless"))
+    assert harmless.float16_safe is True and len(harmless.ranges) == len(manifest.ranges)
+
+
+@pytest.mark.parametrize("recipe", ["gptq-4", "rtn-4", "bnb-4"])
+def test_weights_that_are_not_finite_are_refused_by_name(recipe, tmp_path):
+    broken = with_factor(INTERNLM2, tmp_path / "broken", "language_model.model.layers.1.attention.wo.weight", float("nan"))
+    with pytest.raises(BrokenCheckpoint, match="layers.1.self_attn.o_proj.weight .* not finite"):
+        quantize(broken, recipe=RECIPES[recipe], output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def prompts_of(folder):

@@ -50,9 +50,20 @@ class ModuleRecord(Record):
     """None if the calibration inputs were not finite."""
     nearest_error: float | None
     """What rounding to the nearest code would have cost."""
+    class_errors: dict[str, float | None] = {}
+    """The error by class of token: "vision", "prompt" and "answer", those there were. Only GPTQ looks at inputs."""
     damping: float | None
     fallback: bool
     """True if GPTQ failed and the weight was rounded to the nearest code."""
+
+
+class LayerRange(Record):
+    """The largest absolute value that calibration saw in a layer: float16 ends at 65504."""
+
+    largest: float | None
+    """None: not finite even in float32."""
+    where: str
+    """"hidden state", or input or output of a linear."""
 
 
 class Manifest(Record):
@@ -65,6 +76,10 @@ class Manifest(Record):
     recipe: dict
     calibration: Calibration | None
     modules: list[ModuleRecord] = []
+    ranges: list[LayerRange] = []
+    """Of every layer, when calibration looked at activations."""
+    float16_safe: bool | None = None
+    """Whether the language model can be computed in float16, with room to spare; None: nobody looked."""
     libraries: dict[str, str]
     files: dict[str, str] = {}
     """sha256 by name, of every file this was written with; other verbs add folders of their own."""

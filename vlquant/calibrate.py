@@ -1,12 +1,12 @@
 """What the language model sees while it is calibrated: conversations about pictures as embeddings, each token with its class.
 
-Also the statistics GPTQ wants from them. Knows no quantized format.
+Knows no quantized format.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy
@@ -16,7 +16,6 @@ from torch import Tensor
 from vlquant.calib_data import samples as sets
 from vlquant.calib_data.scenes import Question
 from vlquant.config import ModelConfig
-from vlquant.decoder import DecoderConfig, DecoderLayer, FloatLinear, Linear, rms_norm, rotary_tables
 from vlquant.events import Event, Report
 from vlquant.model import Model
 from vlquant.publishing import flush_entry, replace_text
@@ -26,13 +25,11 @@ from vlquant.tokenizer import Tokenizer, load_tokenizer
 from vlquant.vision import vision_features
 
 PICTURE, PROMPT, ANSWER = range(3)
-CLASS_SHARES = (0.45, 0.15, 0.40)
-"""Weight of picture, prompt and answer tokens in the Hessian: by their numbers, pictures would drown the text."""
-LARGEST_NORM = 10.0
-"""A token counts at most as if its squared norm were this many times the median: first tokens are giants."""
+CLASSES = ("vision", "prompt", "answer")
+"""How the manifest names them."""
 TILES_AT_ONCE = 8
-ROWS_AT_ONCE = 2048
-"""Inputs that wait to be added up together: longer products are faster ones."""
+JUDGES_OF_CLASS = 1024
+"""Most tokens of a class by which roundings are compared."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
@@ -50,16 +47,24 @@ class CalibrationInputs:
     """int64 [length] of every conversation: PICTURE, PROMPT or ANSWER."""
     width: int
     """Of a hidden state."""
+    shares: tuple[float, float, float]
+    """Weight of all tokens of each class together: by their numbers, pictures would drown the text."""
     layer: int = 0
     """The layer whose inputs these are."""
     half: str = ""
     """"-middle": after its attention, before its MLP."""
-    token_weights: Tensor = field(init=False)
-    """Weight of a token of each class."""
 
-    def __post_init__(self) -> None:
-        counts = torch.bincount(torch.cat(self.classes), minlength=len(CLASS_SHARES)).clamp(min=1)
-        object.__setattr__(self, "token_weights", torch.tensor(CLASS_SHARES) / counts)
+    @cached_property
+    def token_weights(self) -> Tensor:
+        """Weight of a token of each class."""
+        counts = torch.bincount(torch.cat(self.classes), minlength=len(CLASSES)).clamp(min=1)
+        return torch.tensor(self.shares) / counts
+
+    @cached_property
+    def judging(self) -> tuple[Tensor, ...]:
+        """Positions int64 [tokens] in every conversation whose inputs judge roundings: so many of each class, evenly spread."""
+        judges = [self.holds_out(index) or len(self.classes) < HOLD_OUT_EVERY for index in range(len(self.classes))]
+        return positions_of_judges(self.classes, judges)
 
     @property
     def tokens(self) -> int:
@@ -77,17 +82,11 @@ class CalibrationInputs:
         )
         return torch.from_numpy(values).reshape(1, -1, self.width)
 
-    def through_attention(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
-        """Inputs of the layer's second half."""
-        following = replace(self, half="-middle")
-        write_states(following.path, (run_attention(layer, self.hidden(index), device) for index in range(len(self.classes))))
-        return following
-
-    def through_mlp(self, layer: DecoderLayer, device: str) -> "CalibrationInputs":
-        """Inputs of the next layer."""
-        following = replace(self, layer=self.layer + 1, half="")
-        write_states(following.path, (run_mlp(layer, self.hidden(index), device) for index in range(len(self.classes))))
-        return following
+    def following(self, states: Iterable[Tensor]) -> "CalibrationInputs":
+        """Write what half a layer makes of each conversation [1, length, width], in order: the other half's inputs, or the next layer's."""
+        after = replace(self, layer=self.layer + 1, half="") if self.half else replace(self, half="-middle")
+        write_states(after.path, states)
+        return after
 
     def forget_earlier(self) -> None:
         """Remove the inputs of layers that are finished."""
@@ -99,6 +98,18 @@ class CalibrationInputs:
     def path(self) -> Path:
         """The file of these hidden states, one conversation after the other."""
         return states_path(self.folder, self.layer, self.half)
+
+
+def positions_of_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> tuple[Tensor, ...]:
+    """In every conversation that judges, positions evenly spread over all of them, at most JUDGES_OF_CLASS of each class."""
+    conversation = torch.cat([torch.full_like(each, index) for index, each in enumerate(classes)])
+    position = torch.cat([torch.arange(len(each)) for each in classes])
+    may_judge = torch.tensor(judges)[conversation]
+    chosen = torch.zeros(len(position), dtype=torch.bool)
+    for each in range(len(CLASSES)):
+        found = torch.nonzero(may_judge & (torch.cat(tuple(classes)) == each)).flatten()
+        chosen[found[:: max(1, -(-len(found) // JUDGES_OF_CLASS))]] = True
+    return tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
 
 
 def states_path(folder: Path, layer: int, half: str = "") -> Path:
@@ -127,11 +138,11 @@ def calibration_inputs(
     known = folder / CLASSES_FILE
     if known.exists():
         classes = [torch.tensor(each) for each in json.loads(known.read_text())]
-        return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, layer)
+        return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, recipe.class_shares, layer)
     classes: list[Tensor] = []
     write_states(states_path(folder, 0), embedded(model, recipe, classes, device=device, report=report))
     replace_text(known, json.dumps([each.tolist() for each in classes]))
-    return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size)
+    return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, recipe.class_shares)
 
 
 def embedded(model: Model, recipe: Recipe, classes: list[Tensor], *, device: str, report: Report) -> Iterator[Tensor]:
@@ -187,92 +198,3 @@ def fitting_request(sample: sets.Sample, question: Question, config: ModelConfig
     each = max(1, tiles // max(1, len(request.images)))
     # The thumbnail comes on top of more than one.
     return replace(request, max_tiles=min(chat.max_tiles, each if each == 1 or not chat.use_thumbnail else each - 1))
-
-
-def record_hessian(
-    inputs: CalibrationInputs, layer: DecoderLayer, stage: Sequence[str], *, device: str
-) -> tuple[Tensor, Tensor]:
-    """The weighted sum of x xT [in, in] over the inputs of the linears in `stage`, which share them; and that of those held out.
-
-    inputs: of the half of the layer that the stage belongs to, which is computed up to these linears and no further.
-    """
-    run = run_mlp if inputs.half else run_attention
-    recorders = [InputRecorder(layer.linears[stage[0]], inputs.token_weights.to(device)) for _ in range(2)]
-    for index, classes in enumerate(inputs.classes):
-        recorder = recorders[inputs.holds_out(index)]
-        recorder.classes = classes.to(device)
-        with suppress(Recorded):
-            run(DecoderLayer(layer.config, {**layer.linears, stage[0]: recorder}, layer.norms), inputs.hidden(index), device)
-    decided, judged = recorders
-    return decided.total(), judged.total() if judged.seen else decided.hessian
-
-
-def run_attention(layer: DecoderLayer, hidden: Tensor, device: str) -> Tensor:
-    """Hidden states [1, length, hidden] of one conversation after a layer's attention."""
-    hidden = hidden.to(device)
-    rotary = rotary_tables(torch.arange(hidden.shape[1], device=device)[None], layer.config)
-    normed = rms_norm(hidden, layer.norms["input_layernorm"], layer.config.norm_eps)
-    return hidden + layer.attention(normed, rotary)
-
-
-def run_mlp(layer: DecoderLayer, hidden: Tensor, device: str) -> Tensor:
-    """Output [1, length, hidden] of a layer, given what its attention passes on."""
-    hidden = hidden.to(device)
-    return hidden + layer.mlp(rms_norm(hidden, layer.norms["post_attention_layernorm"], layer.config.norm_eps))
-
-
-class Recorded(Exception):
-    """What a layer was run for has been seen."""
-
-
-class InputRecorder:
-    """Stands for a linear and adds up x xT over its inputs, each token weighted by its class and capped in norm."""
-
-    def __init__(self, linear: FloatLinear, token_weights: Tensor):
-        in_features = linear.weight.shape[1]
-        self.token_weights = token_weights
-        self.classes = token_weights.new_empty(0, dtype=torch.long)
-        self.shape, self.hessian = (in_features, in_features), None
-        self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
-        self.waiting: list[Tensor] = []
-
-    def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)  # [length, in]
-        norms = rows.square().sum(1)
-        cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        self.waiting.append(rows * (self.token_weights[self.classes] * cap).sqrt()[:, None])
-        if sum(map(len, self.waiting)) >= ROWS_AT_ONCE:
-            self.add_waiting()
-        raise Recorded
-
-    @property
-    def seen(self) -> bool:
-        """Whether there were any inputs."""
-        return bool(self.waiting) or self.hessian is not None
-
-    def add_waiting(self) -> None:
-        """Add what waits to the upper triangle, block by block: the lower one is its mirror."""
-        rows, self.waiting = torch.cat(self.waiting), []
-        self.hessian = rows.new_zeros(self.shape) if self.hessian is None else self.hessian
-        for block in self.blocks:
-            first, last = int(block[0]), int(block[-1]) + 1
-            self.hessian[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
-
-    def total(self) -> Tensor:
-        """The whole sum."""
-        if self.waiting:
-            self.add_waiting()
-        for block in self.blocks:
-            first, last = int(block[0]), int(block[-1]) + 1
-            self.hessian[last:, first:last] = self.hessian[first:last, last:].T
-        return self.hessian
-
-
-def layer_of(tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], config: DecoderConfig) -> DecoderLayer:
-    """A decoder layer with the given linears and the norms among `tensors`."""
-    norms = {
-        name.removesuffix(".weight"): tensor
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and name.removesuffix(".weight") not in linears
-    }
-    return DecoderLayer(config, linears, norms)

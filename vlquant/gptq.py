@@ -5,7 +5,6 @@ scales float16 [groups, out], signed, one per group of `group_size` consecutive 
 meaning scale * (code - 2**(bits - 1)).
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -149,8 +148,6 @@ def solve(weight: Tensor, column_scales: Tensor, factor: Tensor, *, bits: int) -
     return codes
 
 
-def output_errors(weight: Tensor, rounded: Sequence[Tensor], hessian: Tensor) -> list[float]:
-    """For each rounded weight the root of its squared output error, relative to the squared output of `weight`."""
-    total = ((weight @ hessian) * weight).sum()
-    lost = [((difference @ hessian) * difference).sum() for difference in (weight - each for each in rounded)]
-    return [0.0 if total == 0 else float((each / total).clamp(min=0).sqrt()) for each in lost]
+def squared_errors(weight: Tensor, rounded: Tensor, rows: Tensor) -> Tensor:
+    """How far the outputs of `rounded` [out, in] are from those of `weight`, squared, for each of the inputs [tokens, in]."""
+    return (rows @ (weight - rounded).T).square().sum(1)

@@ -4,7 +4,7 @@ Only the linears of the language model are ever quantized; everything else is co
 """
 
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,13 +14,12 @@ from vlquant.bundle import (
     MANIFEST,
     Calibration,
     Manifest,
-    ModuleRecord,
     Source,
     missing_files,
     read_manifest,
     write_manifest,
 )
-from vlquant.calibrate import CalibrationInputs, calibration_inputs
+from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
 from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
@@ -29,13 +28,15 @@ from vlquant.hf_layout import inexpressible, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.publishing import publishing, require_renamable, require_replaceable, require_space
-from vlquant.quantized_layers import gptq_layers, rounded_layers
+from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
 from vlquant.reload import reload_elsewhere
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 from vlquant.unfinished import UnfinishedRun, resuming
 
+FLOAT16_ROOM = 20_000.0
+"""Largest activation that leaves float16, which ends at 65504, room for inputs nobody calibrated on."""
 LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "bitsandbytes")
 SOURCE_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer.json", "vocab.json",
@@ -107,7 +108,7 @@ def quantize_layers(
         layers = rounded_layers(model, recipe, start=start, device=device)
     for index, layer in enumerate(layers, start):
         run.keep(index, layer)
-        report(Event("layers", index + 1, count, details=tuple(told(index, record) for record in layer.records)))
+        report(Event("layers", index + 1, count, details=tuple(told(index, layer))))
     return calibration
 
 
@@ -123,11 +124,18 @@ def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
         yield f"{output} is replaced: export its vision tower and check it again afterwards"
 
 
-def told(index: int, record: ModuleRecord) -> str:
-    """What was done to one linear, as a line."""
-    error, nearest = ("not finite" if each is None else f"{100 * each:.2f} %" for each in (record.error, record.nearest_error))
-    damping = "" if record.damping is None else f", damping {record.damping:g}"
-    return f"layer {index} {record.name}: error {error}, rounded only {nearest}, {record.method}{damping}"
+def told(index: int, layer: QuantizedLayer) -> Iterator[str]:
+    """What was done to the linears of a layer, as a table; errors in percent."""
+    heads = [name for name in CLASSES if any(name in record.class_errors for record in layer.records)]
+    columns = ["error", *heads, "rounded only", "method", "damping"]
+    yield f"{f'layer {index}':<18}" + "".join(f"{column:>14}" for column in columns)
+    for record in layer.records:
+        errors = [record.error, *(record.class_errors.get(name) for name in heads), record.nearest_error]
+        cells = ["not finite" if each is None else f"{100 * each:.2f}" for each in errors]
+        cells += [record.method, "" if record.damping is None else f"{record.damping:g}"]
+        yield f"{record.name:<18}" + "".join(f"{cell:>14}" for cell in cells)
+    if layer.range:
+        yield f"largest activation {layer.range.largest}: {layer.range.where}"
 
 
 def begun_manifest(source: Model, origin: Source, recipe: Recipe, calibration: Calibration | None) -> Manifest:
@@ -149,25 +157,25 @@ def write_bundle(
 
     manifest: from `begun_manifest`.
     """
-    modules = write_weights(folder, model, run, report=report)
+    written = write_weights(folder, model, run, report=report)
     tokenizer = load_tokenizer(model.folder)
     write_fast_tokenizer(model.folder, folder)
     dtype = str(model.stored_dtype(EMBEDDING)).removeprefix("torch.")
     write_settings(folder, model.config, tokenizer, recipe=recipe, dtype=dtype)
     paths = sorted(path for path in folder.iterdir() if path.is_file())
-    written = {
-        "modules": modules,
+    written |= {
         "files": {path.name: file_hash(path) for path in paths},
         "sizes": {path.name: path.stat().st_size for path in paths},
     }
     manifest = manifest.model_copy(update=written)
     write_manifest(folder, manifest)
-    warn_of_fallbacks(manifest, report)
+    for warning in warnings(manifest):
+        report(Event("layers", message=f"warning: {warning}"))
 
 
-def write_weights(folder: Path, model: Model, run: UnfinishedRun, *, report: Report) -> list[ModuleRecord]:
-    """Write the shards: what is copied as it is, then the finished layers; returns what was done to their linears."""
-    writer, modules = ShardWriter(folder), []
+def write_weights(folder: Path, model: Model, run: UnfinishedRun, *, report: Report) -> dict:
+    """Write the shards: what is copied as it is, then the finished layers; returns what the manifest says of these."""
+    writer, modules, ranges = ShardWriter(folder), [], []
     for name in names_outside_layers(model.config):
         writer.add(name, model.tensor(name))
     count = model.config.decoder.layers
@@ -176,9 +184,11 @@ def write_weights(folder: Path, model: Model, run: UnfinishedRun, *, report: Rep
         for name, tensor in layer.tensors.items():
             writer.add(prefix + name, tensor)
         modules += [record.model_copy(update={"name": prefix + record.name}) for record in layer.records]
+        ranges += [layer.range] if layer.range else []
         report(Event("packing", index + 1, count))
     writer.close()
-    return modules
+    safe = all(each.largest is not None and each.largest <= FLOAT16_ROOM for each in ranges) if ranges else None
+    return {"modules": modules, "ranges": ranges, "float16_safe": safe}
 
 
 def open_float_model(folder: Path) -> Model:
@@ -258,13 +268,16 @@ def describe_calibration(recipe: Recipe, inputs: CalibrationInputs) -> Calibrati
     return Calibration(set=recipe.calibration, sha256=identity, samples=recipe.samples, tokens=inputs.tokens)
 
 
-def warn_of_fallbacks(manifest: Manifest, report: Report) -> None:
-    """Say which linears GPTQ could not handle."""
+def warnings(manifest: Manifest) -> Iterator[str]:
+    """What whoever uses the bundle should know: linears GPTQ could not handle, layers that float16 cannot hold."""
     if manifest.fallbacks:
         names = ", ".join(manifest.fallbacks[:3]) + (" ..." if len(manifest.fallbacks) > 3 else "")
-        report(
-            Event(
-                "layers",
-                message=f"warning: {len(manifest.fallbacks)} linears were rounded to the nearest because GPTQ failed: {names}",
-            )
+        yield f"{len(manifest.fallbacks)} linears were rounded to the nearest because GPTQ failed: {names}"
+    if manifest.float16_safe is False:
+        too_large = [index for index, each in enumerate(manifest.ranges) if each.largest is None or each.largest > FLOAT16_ROOM]
+        worst = manifest.ranges[too_large[0]]
+        reach = "are not finite" if worst.largest is None else f"reach {worst.largest:.3g}"
+        yield (
+            f"float16 may overflow in {len(too_large)} of {len(manifest.ranges)} layers, first in layer {too_large[0]}, whose "
+            f"values {reach} ({worst.where}); vlquant computes in float32, other programs need bfloat16 or float32"
         )

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from vlquant import bnb, gptq
-from vlquant.bundle import ModuleRecord
-from vlquant.calibrate import CalibrationInputs, layer_of, record_hessian
+from vlquant.activations import JudgingInputs, layer_of, pass_on, record_inputs
+from vlquant.bundle import LayerRange, ModuleRecord
+from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
+from vlquant.errors import BrokenCheckpoint
 from vlquant.hf_layout import STAGES
 from vlquant.model import Model
 from vlquant.packing import pack_gptq
@@ -32,6 +34,8 @@ class QuantizedLayer:
     tensors: Layer
     records: list[ModuleRecord]
     """What was done to its linears, by relative name."""
+    range: LayerRange | None = None
+    """Of its activations, if any were seen."""
 
 
 def gptq_layers(
@@ -40,18 +44,29 @@ def gptq_layers(
     """Layers by GPTQ from the one whose inputs are given, each calibrated on what the quantized layers before it pass on."""
     config = model.config.decoder
     for index in range(inputs.layer, config.layers):
-        layer, outputs = quantize_layer(model.decoder_layer(index), inputs, config=config, recipe=recipe, device=device)
+        layer, outputs = quantize_layer(finite_layer(model, index), inputs, config=config, recipe=recipe, device=device)
         yield layer
         # Only now nobody needs this layer's inputs any more: a run that stopped before would begin it anew.
         inputs = outputs
         inputs.forget_earlier()
 
 
+def finite_layer(model: Model, index: int) -> Layer:
+    """The tensors of a layer by relative name; raises BrokenCheckpoint if one holds what is not a number."""
+    tensors = model.decoder_layer(index)
+    broken = next((name for name, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())), None)
+    if broken:
+        raise BrokenCheckpoint(
+            f"layers.{index}.{broken} of {model.folder} holds values that are not finite; download the checkpoint again"
+        )
+    return tensors
+
+
 def rounded_layers(model: Model, recipe: Recipe, *, start: int = 0, device: str = "cpu") -> Iterator[QuantizedLayer]:
     """Layers from `start` by a method that looks at nothing but weights; records hold errors of weights, not of outputs."""
     for index in range(start, model.config.decoder.layers):
         tensors, records = {}, []
-        for name, tensor in model.decoder_layer(index).items():
+        for name, tensor in finite_layer(model, index).items():
             module, _, kind = name.rpartition(".")
             if module not in LINEARS:
                 tensors[name] = tensor
@@ -90,16 +105,16 @@ def quantize_layer(
     """
     floats = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
-    layer, stored, records = layer_of(floats, linears, config), {}, []
+    layer, stored, records, largest = layer_of(floats, linears, config), {}, [], {}
     for stage in STAGES:
-        hessian, held_out = record_hessian(inputs, layer, stage, device=device)
+        hessian, judging = record_inputs(inputs, layer, stage, device=device)
         weight = torch.cat([linears[name].weight for name in stage])
         rounding = gptq.quantize_weight(
             weight, hessian, bits=recipe.bits, group_size=recipe.group_size, damping=recipe.damping
         )
         for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
             linear = linears[name]
-            part, record = better_rounding(name, linear.weight, part, held_out, recipe.bits)
+            part, record = better_rounding(name, linear.weight, part, judging, recipe.bits)
             records.append(record)
             rounded = gptq.dequantize(part.codes, part.scales, bits=recipe.bits)
             linears[name] = FloatLinear(rounded, linear.bias)
@@ -107,10 +122,17 @@ def quantize_layer(
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         layer = layer_of(floats, linears, config)
         if stage == AFTER_ATTENTION:
-            inputs = inputs.through_attention(layer, device)
+            inputs, largest = pass_on(inputs, layer, device=device)
+    inputs, after = pass_on(inputs, layer, device=device)
     biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
-    return QuantizedLayer(kept | stored | biases, records), inputs.through_mlp(layer, device)
+    return QuantizedLayer(kept | stored | biases, records, range_of(largest | after)), inputs
+
+
+def range_of(largest: Mapping[str, float]) -> LayerRange:
+    """What the manifest says of the largest values in a layer."""
+    where, value = max(largest.items(), key=lambda each: (math.isnan(each[1]), each[1]))
+    return LayerRange(largest=rounded_off(value), where=where)
 
 
 def stored_bias(floats: Layer, name: str) -> Tensor | None:
@@ -126,26 +148,39 @@ def split_rounding(rounding: gptq.Rounding, rows: Mapping[str, int]) -> dict[str
 
 
 def better_rounding(
-    name: str, weight: Tensor, part: gptq.Rounding, held_out: Tensor, bits: int
+    name: str, weight: Tensor, part: gptq.Rounding, judging: JudgingInputs, bits: int
 ) -> tuple[gptq.Rounding, ModuleRecord]:
-    """GPTQ's rounding of a linear, or that to the nearest code with the same scales where unseen inputs suffer less from it.
+    """GPTQ's rounding of a linear, or that to the nearest code with the same scales where the judging inputs suffer less.
 
-    held_out: the Hessian of inputs that GPTQ did not see. Returns it with what it cost and what the nearest code costs.
+    Returns it with what it cost, over all tokens and by class, and what the nearest code costs.
     """
     group_size = weight.shape[1] // part.scales.shape[0]
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
     rounded = [gptq.dequantize(codes, part.scales, bits=bits) for codes in (part.codes, nearest)]
-    error, nearest_error = gptq.output_errors(weight, rounded, held_out)
+    output = judging.rows.matmul(weight.T).square().sum(1)
+    ours, theirs = (gptq.squared_errors(weight, each, judging.rows) for each in rounded)
+    error, nearest_error = (relative_error(lost, output, judging.weights) for lost in (ours, theirs))
     worse = nearest_error < error
+    lost = theirs if worse else ours
     record = ModuleRecord(
         name=name,
         method="gptq" if part.damping is not None and not worse else "rounding",
         error=rounded_off(nearest_error if worse else error),
         nearest_error=rounded_off(nearest_error),
+        class_errors={
+            CLASSES[each]: rounded_off(relative_error(lost, output, judging.classes == each))
+            for each in judging.classes.unique().tolist()
+        },
         damping=part.damping,
         fallback=part.damping is None,
     )
     return (replace(part, codes=nearest) if worse else part), record
+
+
+def relative_error(lost: Tensor, output: Tensor, weights: Tensor) -> float:
+    """The root of squared errors over squared outputs [tokens], both weighted; 0 for outputs that are all 0."""
+    total = (output * weights).sum()
+    return 0.0 if total == 0 else float(((lost * weights).sum() / total).sqrt())
 
 
 def rounded_off(error: float) -> float | None:

@@ -8,7 +8,7 @@ METHODS = ("gptq", "rtn", "bnb")
 BITS = {"gptq": (3, 4, 8), "rtn": (3, 4, 8), "bnb": (4, 8)}
 GROUP_SIZES = (32, 64, 128, -1)
 USED = {
-    "gptq": ("group_size", "damping", "calibration", "samples", "tokens", "seed"),
+    "gptq": ("group_size", "damping", "vision_share", "answer_share", "calibration", "samples", "tokens", "seed"),
     "rtn": ("group_size",),
     "bnb": (),
 }
@@ -32,6 +32,10 @@ class Recipe:
     """Input columns sharing one scale; -1: all of them. GPTQ and RTN."""
     damping: float = 0.05
     """Share of the mean diagonal added to the diagonal of the Hessian. GPTQ only."""
+    vision_share: float = 0.45
+    """Weight of all picture tokens together in what is minimised, 0 .. 1: they outnumber the text ten to one. GPTQ only."""
+    answer_share: float = 0.40
+    """Weight of all answer tokens together; what is left is the prompt's. GPTQ only."""
     calibration: str = "builtin"
     """Name of the calibration set. GPTQ only."""
     samples: int = 128
@@ -57,6 +61,11 @@ class Recipe:
             raise InvalidRecipe(f"method {self.method} has no use for a {option}; leave --{option} out or use --method gptq")
         if not 0 < self.damping <= 0.5:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
+        if min(self.class_shares) < 0:
+            raise InvalidRecipe(
+                f"shares of {self.vision_share} for pictures and {self.answer_share} for answers are not parts of 1; "
+                f"use --vision-share {Recipe.vision_share} and --answer-share {Recipe.answer_share}"
+            )
         if self.calibration != "builtin":
             raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin")
         if self.tokens < 1:
@@ -72,6 +81,11 @@ class Recipe:
     def to_dict(self) -> dict:
         """The fields that this method uses, ready for JSON."""
         return {name: value for name, value in asdict(self).items() if name in ("method", "bits", *USED[self.method])}
+
+    @property
+    def class_shares(self) -> tuple[float, float, float]:
+        """Weights of picture, prompt and answer tokens, 1 together."""
+        return self.vision_share, round(1 - self.vision_share - self.answer_share, 9), self.answer_share
 
     @property
     def packed_as_gptq(self) -> bool:

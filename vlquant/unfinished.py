@@ -12,7 +12,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 
-from vlquant.bundle import ModuleRecord
+from vlquant.bundle import LayerRange, ModuleRecord
 from vlquant.errors import (
     BrokenCheckpoint,
     InvalidRecipe,
@@ -26,7 +26,7 @@ from vlquant.quantized_layers import QuantizedLayer
 from vlquant.shards import write_safetensors
 
 SETTINGS = "started-with.json"
-RECORDS = "records"
+RECORDS, RANGE = "records", "range"
 HOPELESS = (BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, UnsupportedCheckpoint)
 """Repeating the same command would end in the same way."""
 
@@ -48,8 +48,9 @@ class UnfinishedRun:
     def keep(self, index: int, layer: QuantizedLayer) -> None:
         """Write one layer so that it survives a loss of power."""
         records = json.dumps([record.model_dump() for record in layer.records])
+        metadata = {RECORDS: records} if layer.range is None else {RECORDS: records, RANGE: layer.range.model_dump_json()}
         partial = self._part(index).with_suffix(".partial")
-        write_safetensors(partial, layer.tensors, metadata={RECORDS: records})
+        write_safetensors(partial, layer.tensors, metadata=metadata)
         flush_entry(partial)
         partial.rename(self._part(index))
         flush_entry(self.folder)
@@ -58,8 +59,9 @@ class UnfinishedRun:
         """A finished layer."""
         with safe_open(self._part(index), "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}
-            records = json.loads(file.metadata()[RECORDS])
-        return QuantizedLayer(tensors, [ModuleRecord.model_validate(record) for record in records])
+            metadata = file.metadata()
+        records = [ModuleRecord.model_validate(record) for record in json.loads(metadata[RECORDS])]
+        return QuantizedLayer(tensors, records, LayerRange.model_validate_json(metadata[RANGE]) if RANGE in metadata else None)
 
     def _part(self, index: int) -> Path:
         return self.folder / f"layer-{index:05}.safetensors"
