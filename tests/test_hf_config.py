@@ -13,7 +13,6 @@ from vlquant.family import hf_stored_name
 from vlquant.hf_layout import model_config, processor_files, write_json
 from vlquant.layout import tensor_shapes
 from vlquant.model import float_decoder, open_model
-from vlquant.recipe import Recipe
 from vlquant.runtime import Generation, load
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.tokenizer import write_fast_tokenizer
@@ -24,7 +23,7 @@ STYLES = {"as in memory": lambda name: name, "as transformers 4.52 and 5 write t
 
 def convert(case, folder, style):
     """The `-hf` form of an original checkpoint, written into `folder`."""
-    config = model_config(case.config, case.tokenizer, recipe=Recipe(), dtype="float32")
+    config = model_config(case.config, case.tokenizer, quantization={}, dtype="float32")
     del config["quantization_config"]
     write_json(folder / "config.json", config)
     for name, contents in processor_files(case.config.chat).items():
@@ -83,7 +82,7 @@ def test_what_transformers_saves_is_read(named_case, tmp_path):
     """Its own class with random weights: the same logits from the folder that save_pretrained writes."""
     transformers = pytest.importorskip("transformers", reason="writes the checkpoint that is read")
     source = named_case(QWEN2)
-    fields = model_config(source.config, source.tokenizer, recipe=Recipe(), dtype="float32")
+    fields = model_config(source.config, source.tokenizer, quantization={}, dtype="float32")
     del fields["quantization_config"], fields["model_type"]
     torch.manual_seed(0)
     theirs = transformers.InternVLForConditionalGeneration(transformers.InternVLConfig(**fields)).eval()

@@ -57,6 +57,17 @@ class ModuleRecord(Record):
     """True if GPTQ failed and the weight was rounded to the nearest code."""
 
 
+class StageNoise(Record):
+    """What rounding the linears that share an input would add to the hidden states, and the bits they got for it."""
+
+    layer: int
+    linears: tuple[str, ...]
+    weights: int
+    noise: dict[int, dict[str, float]]
+    """Squared, relative to the hidden states, by bits and class of token."""
+    bits: int
+
+
 class LayerRange(Record):
     """The largest absolute value that calibration saw in a layer: float16 ends at 65504."""
 
@@ -76,6 +87,8 @@ class Manifest(Record):
     recipe: dict
     calibration: Calibration | None
     modules: list[ModuleRecord] = []
+    bit_choice: list[StageNoise] = []
+    """Of every stage of every layer, when the recipe names an average of bits."""
     ranges: list[LayerRange] = []
     """Of every layer, when calibration looked at activations."""
     float16_safe: bool | None = None

@@ -87,17 +87,26 @@ def quantize_command(
     model: ModelArgument = None,
     method: Annotated[str, typer.Option(help="gptq, rtn (rounding, no data) or bnb (bitsandbytes: NF4, int8).")] = Recipe.method,
     bits: Annotated[int, typer.Option(help="Bits per weight: 4 or 8; 3 is experimental.")] = Recipe.bits,
+    average_bits: Annotated[
+        float | None, typer.Option(help="Between 4 and 8: linears that need it most get 8 bits, the others 4 (gptq).")
+    ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
     calib: Annotated[str, typer.Option(metavar="SET", help="Calibration set (gptq).")] = Recipe.calibration,
     samples: Annotated[int, typer.Option(help="Conversations taken from it.")] = Recipe.samples,
     tokens: Annotated[int, typer.Option(help="Most tokens of each: pictures get fewer tiles.")] = Recipe.tokens,
+    damping: Annotated[float, typer.Option(help="Share of the Hessian's mean added to its diagonal.")] = Recipe.damping,
+    vision_share: Annotated[float, typer.Option(help="Weight of all picture tokens, 0 to 1.")] = Recipe.vision_share,
+    answer_share: Annotated[float, typer.Option(help="Weight of all answer tokens; the rest is the prompt's.")] = Recipe.answer_share,
     output: Annotated[Path | None, output_option("MODEL-METHOD-BITSbit")] = None,
     overwrite: OverwriteOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what was done to every linear.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Progress as lines of JSON, for programs.")] = False,
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
-    recipe = Recipe(method=method, bits=bits, group_size=group_size, calibration=calib, samples=samples, tokens=tokens)
+    recipe = Recipe(
+        method=method, bits=bits, average_bits=average_bits, group_size=group_size, damping=damping, calibration=calib,
+        samples=samples, tokens=tokens, vision_share=vision_share, answer_share=answer_share,
+    )  # fmt: skip
     source = model_or_demo(model)
     from vlquant.progress import drawn_progress, json_progress
     from vlquant.quantize import quantize

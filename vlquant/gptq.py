@@ -49,6 +49,13 @@ def quantize_weight(weight: Tensor, hessian: Tensor, *, bits: int, group_size: i
     return Rounding(codes, scales, used)
 
 
+def round_weight(weight: Tensor, *, bits: int, group_size: int) -> Rounding:
+    """Round `weight` to the nearest codes with searched scales, all inputs alike."""
+    group_size = weight.shape[1] if group_size == -1 else group_size
+    scales = search_scales(weight, torch.ones(weight.shape[1], device=weight.device), bits=bits, group_size=group_size)
+    return Rounding(nearest_codes(weight, expand_scales(scales, group_size), bits), scales, None)
+
+
 def search_scales(weight: Tensor, importance: Tensor, *, bits: int, group_size: int) -> Tensor:
     """The float16 scales [groups, out] that round `weight` to the nearest code with least error weighted by `importance` [in].
 

@@ -4,8 +4,10 @@ Settings in, JSON and Jinja out; reads no weights.
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
+from vlquant.bundle import StageNoise
 from vlquant.config import ChatConfig, ModelConfig
 from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
 from vlquant.family import LANGUAGE_MODEL
@@ -36,8 +38,11 @@ def inexpressible(config: ModelConfig) -> str | None:
     return None
 
 
-def model_config(config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> dict:
-    """config.json of InternVLForConditionalGeneration; dtype: that of the float tensors, such as "bfloat16"."""
+def model_config(config: ModelConfig, tokenizer: Tokenizer, *, quantization: dict, dtype: str) -> dict:
+    """config.json of InternVLForConditionalGeneration.
+
+    quantization: from `quantization_config`; dtype: that of the float tensors, such as "bfloat16".
+    """
     return {
         "architectures": ["InternVLForConditionalGeneration"],
         "model_type": "internvl",
@@ -52,7 +57,7 @@ def model_config(config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, d
         "vision_feature_select_strategy": "default",
         # The class's default is True, which would drop the head of every untied model.
         "tie_word_embeddings": config.decoder.tied_head,
-        "quantization_config": quantization_config(recipe, dtype),
+        "quantization_config": quantization,
     }
 
 
@@ -131,13 +136,14 @@ def vision_config(vision: VisionConfig, dtype: str) -> dict:
     }
 
 
-def quantization_config(recipe: Recipe, dtype: str) -> dict:
-    """What tells other programs how the linears are stored."""
-    return gptq_config(recipe) if recipe.packed_as_gptq else bitsandbytes_config(recipe, dtype)
+def quantization_config(recipe: Recipe, dtype: str, chosen: Sequence[StageNoise] = ()) -> dict:
+    """What tells other programs how the linears are stored; `chosen`: stages with bits of their own."""
+    return gptq_config(recipe, chosen) if recipe.packed_as_gptq else bitsandbytes_config(recipe, dtype)
 
 
-def gptq_config(recipe: Recipe) -> dict:
+def gptq_config(recipe: Recipe, chosen: Sequence[StageNoise] = ()) -> dict:
     """As GPTQModel writes it, with the older names of two fields that transformers, vLLM and LMDeploy read."""
+    exceptions = bit_exceptions(recipe, chosen)
     return {
         "quant_method": "gptq",
         "method": "gptq",
@@ -156,7 +162,24 @@ def gptq_config(recipe: Recipe) -> dict:
         "modules_in_block_to_quantize": [list(stage) for stage in STAGES],
         "modules_to_not_convert": list(KEEP_FLOAT),
         **({"damp_percent": recipe.damping} if recipe.method == "gptq" else {}),
+        **({"dynamic": exceptions} if exceptions else {}),
     }
+
+
+def bit_exceptions(recipe: Recipe, chosen: Sequence[StageNoise]) -> dict[str, dict]:
+    """Linears with other bits than the recipe's, as GPTQModel and vLLM look them up: by regular expressions of module names.
+
+    vLLM asks for the fused linears it makes of a stage, GPTQModel for the single ones.
+    """
+    found = {}
+    for stage in STAGES:
+        block, names = stage[0].split(".")[0], [name.split(".")[1].removesuffix("_proj") for name in stage]
+        names += ["".join(names) if block == "self_attn" else "_".join(names)] if len(names) > 1 else []
+        for bits in {each.bits for each in chosen} - {recipe.bits}:
+            layers = [str(each.layer) for each in chosen if each.linears == stage and each.bits == bits]
+            if layers:
+                found[rf"+:.*\.layers\.({'|'.join(layers)})\.{block}\.({'|'.join(names)})_proj$"] = {"bits": bits}
+    return found
 
 
 def bitsandbytes_config(recipe: Recipe, dtype: str) -> dict:
@@ -250,7 +273,7 @@ def processor_files(chat: ChatConfig) -> dict[str, dict]:
     }
 
 
-def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, recipe: Recipe, dtype: str) -> None:
+def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, quantization: dict, dtype: str) -> None:
     """Write every settings file of a bundle but the tokenizer's own into `folder`, and complete the tokenizer's.
 
     A model that the -hf layout cannot express keeps the original's config.json, so that no other program takes it for one.
@@ -258,12 +281,13 @@ def write_settings(folder: Path, config: ModelConfig, tokenizer: Tokenizer, *, r
     stop = tokenizer.token_id(config.chat.conversation.stop_token)
     # chat() of the original stops at this token alone and decodes greedily unless told otherwise.
     files = {"generation_config.json": {"do_sample": False, "eos_token_id": stop, "pad_token_id": tokenizer.pad_id}}
-    if recipe.packed_as_gptq:
-        files["quantize_config.json"] = gptq_config(recipe)
+    if quantization["quant_method"] == "gptq":
+        files["quantize_config.json"] = quantization
     if inexpressible(config):
-        files["config.json"] = {**config.source, "quantization_config": quantization_config(recipe, dtype)}
+        files["config.json"] = {**config.source, "quantization_config": quantization}
     else:
-        files |= {"config.json": model_config(config, tokenizer, recipe=recipe, dtype=dtype), **processor_files(config.chat)}
+        own = model_config(config, tokenizer, quantization=quantization, dtype=dtype)
+        files |= {"config.json": own, **processor_files(config.chat)}
         bos = tokenizer.decode(tokenizer.encode(""), skip_special=False).strip()
         (folder / "chat_template.jinja").write_text(chat_template(config.chat, bos), encoding="utf-8")
         _name_picture_tokens(folder / "tokenizer_config.json")

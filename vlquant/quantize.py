@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 import vlquant
+from vlquant.bit_choice import choose_bits
 from vlquant.bundle import (
     MANIFEST,
     Calibration,
@@ -24,7 +25,7 @@ from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
-from vlquant.hf_layout import inexpressible, write_settings
+from vlquant.hf_layout import inexpressible, quantization_config, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.publishing import publishing, require_renamable, require_replaceable, require_space
@@ -80,9 +81,9 @@ def quantize(
         report(Event("quantize", message=remark))
     settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
     with resuming(output, settings, overwrite=overwrite) as run:
-        calibration = quantize_layers(run, source, recipe=recipe, device=device, report=report)
+        known = quantize_layers(run, source, recipe=recipe, device=device, report=report)
         with publishing(output) as hidden:
-            manifest = begun_manifest(source, origin, recipe, calibration)
+            manifest = begun_manifest(source, origin, recipe, known)
             write_bundle(hidden, source, run, recipe=recipe, manifest=manifest, report=report)
             reload_elsewhere(hidden)
     return output
@@ -95,21 +96,23 @@ def machine() -> dict:
 
 def quantize_layers(
     run: UnfinishedRun, model: Model, *, recipe: Recipe, device: str, report: Report
-) -> Calibration | None:
-    """Quantize what layers of `model` are not finished, each kept as soon as it is; returns what it was calibrated on."""
-    count, start, calibration = model.config.decoder.layers, run.layers, None
+) -> dict:
+    """Quantize what layers of `model` are not finished, each kept as soon as it is; returns what the manifest says of it."""
+    count, start, known = model.config.decoder.layers, run.layers, {"calibration": None}
     if start:
         report(Event("layers", start, count, message=f"going on after layer {start} of {count}"))
     if recipe.method == "gptq":
         inputs = calibration_inputs(model, run.folder, recipe=recipe, device=device, report=report, layer=start)
-        calibration = describe_calibration(recipe, inputs)
-        layers = gptq_layers(model, inputs, recipe=recipe, device=device)
+        known["calibration"] = describe_calibration(recipe, inputs)
+        if recipe.average_bits:
+            known["bit_choice"] = choose_bits(model, inputs, recipe=recipe, device=device, report=report)
+        layers = gptq_layers(model, inputs, recipe=recipe, chosen=known.get("bit_choice", ()), device=device)
     else:
         layers = rounded_layers(model, recipe, start=start, device=device)
     for index, layer in enumerate(layers, start):
         run.keep(index, layer)
         report(Event("layers", index + 1, count, details=tuple(told(index, layer))))
-    return calibration
+    return known
 
 
 def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
@@ -138,15 +141,15 @@ def told(index: int, layer: QuantizedLayer) -> Iterator[str]:
         yield f"largest activation {layer.range.largest}: {layer.range.where}"
 
 
-def begun_manifest(source: Model, origin: Source, recipe: Recipe, calibration: Calibration | None) -> Manifest:
-    """What is known of a bundle before its files are written."""
+def begun_manifest(source: Model, origin: Source, recipe: Recipe, known: dict) -> Manifest:
+    """What is known of a bundle before its files are written; `known`: from `quantize_layers`."""
     return Manifest(
         name=f"{origin.name}-{recipe.label}",
         source=origin,
         source_config=source.config.source,
         recipe=recipe.to_dict(),
-        calibration=calibration,
         libraries=library_versions(),
+        **known,
     )
 
 
@@ -161,7 +164,8 @@ def write_bundle(
     tokenizer = load_tokenizer(model.folder)
     write_fast_tokenizer(model.folder, folder)
     dtype = str(model.stored_dtype(EMBEDDING)).removeprefix("torch.")
-    write_settings(folder, model.config, tokenizer, recipe=recipe, dtype=dtype)
+    quantization = quantization_config(recipe, dtype, manifest.bit_choice)
+    write_settings(folder, model.config, tokenizer, quantization=quantization, dtype=dtype)
     paths = sorted(path for path in folder.iterdir() if path.is_file())
     written |= {
         "files": {path.name: file_hash(path) for path in paths},
@@ -250,7 +254,8 @@ def bundle_bytes(model: Model, recipe: Recipe) -> int:
         if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS))
     }
     itemsize = torch.float32.itemsize if model.config.source.get("torch_dtype") == "float32" else torch.bfloat16.itemsize
-    bits = {name: recipe.bits * 1.1 if name in inside else 8 * itemsize for name in tensor_shapes(model.config)}
+    each = (recipe.average_bits or recipe.bits) * 1.1
+    bits = {name: each if name in inside else 8 * itemsize for name in tensor_shapes(model.config)}
     elements = {name: torch.Size(shape).numel() for name, shape in tensor_shapes(model.config).items()}
     return int(sum(elements[name] * bits[name] for name in elements) / 8)
 

@@ -4,7 +4,7 @@ Tensors are named relative to their layer ("self_attn.q_proj.weight"). The arith
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlquant import bnb, gptq
 from vlquant.activations import JudgingInputs, layer_of, pass_on, record_inputs
-from vlquant.bundle import LayerRange, ModuleRecord
+from vlquant.bundle import LayerRange, ModuleRecord, StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
 from vlquant.errors import BrokenCheckpoint
@@ -22,6 +22,7 @@ from vlquant.packing import pack_gptq
 from vlquant.recipe import Recipe
 
 Layer = dict[str, Tensor]
+StageBits = Mapping[tuple[str, ...], int]
 
 AFTER_ATTENTION = LINEARS[3:4]
 """The stage that ends the first half of a layer."""
@@ -39,12 +40,17 @@ class QuantizedLayer:
 
 
 def gptq_layers(
-    model: Model, inputs: CalibrationInputs, *, recipe: Recipe, device: str
+    model: Model, inputs: CalibrationInputs, *, recipe: Recipe, chosen: Sequence[StageNoise] = (), device: str
 ) -> Iterator[QuantizedLayer]:
-    """Layers by GPTQ from the one whose inputs are given, each calibrated on what the quantized layers before it pass on."""
+    """Layers by GPTQ from the one whose inputs are given, each calibrated on what the quantized layers before it pass on.
+
+    chosen: stages with bits of their own; the others have the recipe's.
+    """
     config = model.config.decoder
     for index in range(inputs.layer, config.layers):
-        layer, outputs = quantize_layer(finite_layer(model, index), inputs, config=config, recipe=recipe, device=device)
+        bits = dict.fromkeys(STAGES, recipe.bits) | {each.linears: each.bits for each in chosen if each.layer == index}
+        tensors = finite_layer(model, index)
+        layer, outputs = quantize_layer(tensors, inputs, config=config, recipe=recipe, bits=bits, device=device)
         yield layer
         # Only now nobody needs this layer's inputs any more: a run that stopped before would begin it anew.
         inputs = outputs
@@ -83,12 +89,9 @@ def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, fl
     """The tensors to store for one weight [out, in] of any float dtype, and its relative error."""
     floats = weight.to(device, torch.float32)
     if recipe.method == "rtn":
-        group_size = weight.shape[1] if recipe.group_size == -1 else recipe.group_size
-        even = torch.ones(weight.shape[1], device=device)
-        scales = gptq.search_scales(floats, even, bits=recipe.bits, group_size=group_size)
-        codes = gptq.nearest_codes(floats, gptq.expand_scales(scales, group_size), recipe.bits)
-        stored = pack_gptq(codes.cpu(), scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
-        rounded = gptq.dequantize(codes, scales, bits=recipe.bits)
+        rounding = gptq.round_weight(floats, bits=recipe.bits, group_size=recipe.group_size)
+        stored = pack_gptq(rounding.codes.cpu(), rounding.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
+        rounded = gptq.dequantize(rounding.codes, rounding.scales, bits=recipe.bits)
     else:
         write, read = (bnb.quantize_nf4, bnb.dequantize_nf4) if recipe.bits == 4 else (bnb.quantize_int8, bnb.dequantize_int8)
         stored = write(weight)
@@ -97,7 +100,7 @@ def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, fl
 
 
 def quantize_layer(
-    tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, device: str
+    tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, bits: StageBits, device: str
 ) -> tuple[QuantizedLayer, CalibrationInputs]:
     """Quantize one decoder layer, each stage calibrated on the outputs of the quantized stages before it.
 
@@ -109,16 +112,15 @@ def quantize_layer(
     for stage in STAGES:
         hessian, judging = record_inputs(inputs, layer, stage, device=device)
         weight = torch.cat([linears[name].weight for name in stage])
-        rounding = gptq.quantize_weight(
-            weight, hessian, bits=recipe.bits, group_size=recipe.group_size, damping=recipe.damping
-        )
+        form = {"bits": bits[stage], "group_size": recipe.group_size}
+        rounding = gptq.quantize_weight(weight, hessian, **form, damping=recipe.damping)
         for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
             linear = linears[name]
-            part, record = better_rounding(name, linear.weight, part, judging, recipe.bits)
+            part, record = better_rounding(name, linear.weight, part, judging, bits[stage])
             records.append(record)
-            rounded = gptq.dequantize(part.codes, part.scales, bits=recipe.bits)
+            rounded = gptq.dequantize(part.codes, part.scales, bits=bits[stage])
             linears[name] = FloatLinear(rounded, linear.bias)
-            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=recipe.bits, group_size=recipe.group_size)
+            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), **form)
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         layer = layer_of(floats, linears, config)
         if stage == AFTER_ATTENTION:

@@ -8,7 +8,7 @@ METHODS = ("gptq", "rtn", "bnb")
 BITS = {"gptq": (3, 4, 8), "rtn": (3, 4, 8), "bnb": (4, 8)}
 GROUP_SIZES = (32, 64, 128, -1)
 USED = {
-    "gptq": ("group_size", "damping", "vision_share", "answer_share", "calibration", "samples", "tokens", "seed"),
+    "gptq": ("average_bits", "group_size", "damping", "vision_share", "answer_share", "calibration", "samples", "tokens", "seed"),
     "rtn": ("group_size",),
     "bnb": (),
 }
@@ -28,6 +28,8 @@ class Recipe:
     """"gptq", "rtn" (rounding with searched scales, stored as GPTQ is) or "bnb" (bitsandbytes: NF4 for 4 bits, int8 for 8)."""
     bits: int = 4
     """Bits per weight: 4, 8 or, experimental and not with bitsandbytes, 3."""
+    average_bits: float | None = None
+    """Bits per weight on average, between 4 and 8: linears that need it most get 8, the others 4. GPTQ only."""
     group_size: int = 128
     """Input columns sharing one scale; -1: all of them. GPTQ and RTN."""
     damping: float = 0.05
@@ -50,6 +52,11 @@ class Recipe:
             raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}")
         if self.bits not in BITS[self.method]:
             raise InvalidRecipe(f"{self.bits} bits per weight are not supported by {self.method}; use --bits 4 or --bits 8")
+        if self.average_bits is not None and not (self.bits == 4 and 4 < self.average_bits < 8):
+            raise InvalidRecipe(
+                f"an average of {self.average_bits} bits with --bits {self.bits} is not possible; it is made of 4 and 8: "
+                "use --bits 4 and an --average-bits between 4 and 8"
+            )
         if self.group_size not in GROUP_SIZES:
             raise InvalidRecipe(
                 f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)"
@@ -75,12 +82,13 @@ class Recipe:
 
     @property
     def label(self) -> str:
-        """How the bundle's name tells the recipe: "gptq-4bit"."""
-        return f"{self.method}-{self.bits}bit"
+        """How the bundle's name tells the recipe: "gptq-4bit", "gptq-4.6bit"."""
+        return f"{self.method}-{self.average_bits or self.bits:g}bit"
 
     def to_dict(self) -> dict:
         """The fields that this method uses, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name in ("method", "bits", *USED[self.method])}
+        used = "method", "bits", *USED[self.method]
+        return {name: value for name, value in asdict(self).items() if name in used and value is not None}
 
     @property
     def class_shares(self) -> tuple[float, float, float]:

@@ -116,7 +116,7 @@ def begin(run: UnfinishedRun, output: Path, settings: dict, *, overwrite: bool) 
                 "repeat that command to finish it, or add --overwrite to begin anew"
             )
         for each in run.folder.iterdir():
-            each.unlink()
+            shutil.rmtree(each) if each.is_dir() else each.unlink()
     if not path.exists():
         replace_text(path, json.dumps(settings, indent=2))
 
