@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from vlquant.calib_data import drawing
+from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.drawing import Picture
 from vlquant.calib_data.scenes import SCENES, TRAINING_SCENES, Question
 from vlquant.request import Request
@@ -70,3 +71,19 @@ def sample_request(sample: Sample, question: Question) -> Request:
     if sample.video:
         return Request(question.text, video=sample.images)
     return Request(question.text, images=sample.images)
+
+
+@dataclass(frozen=True)
+class CalibrationScenes:
+    """One question about each scene of the calibration split."""
+
+    count: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        sample = draw_sample("calibration", index, seed=self.seed)
+        question = sample.questions[index % len(sample.questions)]
+        return Conversation(sample.key, sample_request(sample, question), question.answer)

@@ -21,7 +21,7 @@ from vlquant.recipe import Recipe
         ({"method": "bnb", "samples": 8}, "leave --samples out"),
         ({"method": "rtn", "samples": 8}, "leave --samples out"),
         ({"damping": 0.0}, "damping"),
-        ({"calibration": "nowhere"}, "--calib"),
+        ({"calibration": ()}, "--calib"),
         ({"samples": 0}, "--samples"),
     ],
 )

@@ -88,8 +88,16 @@ def quantize_command(
     method: Annotated[str, typer.Option(help="gptq, rtn (rounding, no data) or bnb (bitsandbytes: NF4, int8).")] = Recipe.method,
     bits: Annotated[int, typer.Option(help="Bits per weight: 4 or 8; 3 is experimental.")] = Recipe.bits,
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
-    calib: Annotated[str, typer.Option(metavar="SET", help="Calibration set (gptq).")] = Recipe.calibration,
+    calib: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SET",
+            help="What to calibrate on (gptq): builtin, photos (of scikit-image and scikit-learn), a .jsonl or .json file "
+            "(InternVL fine-tuning), a .tsv file (VLMEvalKit) or a folder of pictures. Several take turns.",
+        ),
+    ] = list(Recipe.calibration),
     samples: Annotated[int, typer.Option(help="Conversations taken from it.")] = Recipe.samples,
+    seed: Annotated[int, typer.Option(help="Which ones are taken.")] = Recipe.seed,
     tokens: Annotated[int, typer.Option(help="Most tokens of each: pictures get fewer tiles.")] = Recipe.tokens,
     output: Annotated[Path | None, output_option("MODEL-METHOD-BITSbit")] = None,
     overwrite: OverwriteOption = False,
@@ -97,7 +105,9 @@ def quantize_command(
     as_json: Annotated[bool, typer.Option("--json", help="Progress as lines of JSON, for programs.")] = False,
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
-    recipe = Recipe(method=method, bits=bits, group_size=group_size, calibration=calib, samples=samples, tokens=tokens)
+    recipe = Recipe(
+        method=method, bits=bits, group_size=group_size, calibration=tuple(calib), samples=samples, tokens=tokens, seed=seed
+    )
     source = model_or_demo(model)
     from vlquant.progress import drawn_progress, json_progress
     from vlquant.quantize import quantize
