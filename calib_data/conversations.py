@@ -54,10 +54,12 @@ def in_turn(sets: Sequence[Sequence[Pick]], count: int) -> list[Pick]:
 
 @contextmanager
 def named(key: str):
-    """Errors about what a conversation holds say which one it is."""
+    """Errors about what a conversation holds say which one it is, once."""
     try:
         yield
     except InvalidRequest as error:
+        if key in str(error):
+            raise
         raise InvalidRequest(f"{key}: {error}") from error
 
 

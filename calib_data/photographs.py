@@ -85,7 +85,8 @@ def pictures_inside(library: str) -> Path | None:
 
 def folder_photographs(folder: Path) -> Photographs:
     """All pictures in a folder and below, without descriptions; raises InvalidRequest if there are none."""
-    paths = sorted(path for path in folder.rglob("[!.]*") if path.suffix.lower() in ENDINGS and path.is_file())
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in ENDINGS and path.is_file())
+    paths = [path for path in paths if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
     if not paths:
         raise InvalidRequest(f"{folder} holds no pictures; give a folder with {', '.join(ENDINGS)} files, or a .jsonl or .tsv file")
     return Photographs(tuple((path, None) for path in paths))

@@ -167,7 +167,7 @@ def listed(text: str) -> list[str]:
 def picture_bytes(text: str) -> bytes:
     """The bytes of a base64 picture; raises InvalidRequest if it is none."""
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (ValueError, binascii.Error) as error:
         raise InvalidRequest(f"its image is no base64 ({error}); give a base64 picture or another row's index") from None
 

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -107,8 +107,7 @@ def check(
     exported = (folder / "vision" / "model.onnx").is_file()
     if not exported:
         report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
-    asked = list(samples("check", scenes, seed=seed))
-    require_unseen(manifest, asked)
+    asked = unseen(samples("check", scenes, seed=seed), manifest)
     original = load(source, vision="torch")
     quantized = load(folder, vision="onnx" if exported else "torch")
     judged = judge(original, {"bundle": quantized}, asked, step=count_questions(report, asked))["bundle"]
@@ -126,8 +125,9 @@ def check(
     return result
 
 
-def require_unseen(manifest: Manifest, asked: Sequence[Sample]) -> None:
-    """Raise InvalidRequest if a picture to be asked about was calibrated on: its answers would be too good."""
+def unseen(drawn: Iterable[Sample], manifest: Manifest) -> list[Sample]:
+    """The scenes to ask about; raises InvalidRequest if the bundle was calibrated on one: it would do too well there."""
+    asked = list(drawn)
     known = set(manifest.calibration.pictures) if manifest.calibration else set()
     seen = [sample.key for sample in asked if known and known & set(map(picture_name, sample.images))]
     if seen:
@@ -135,6 +135,7 @@ def require_unseen(manifest: Manifest, asked: Sequence[Sample]) -> None:
             f"{manifest.name} was calibrated on pictures of this check set ({len(seen)} scenes, the first is {seen[0]}); "
             "quantize with other pictures, or check with another --seed"
         )
+    return asked
 
 
 def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path) -> Path:

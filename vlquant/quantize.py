@@ -60,7 +60,7 @@ def quantize(
     """Quantize the language model of a checkpoint and write a bundle; returns its folder.
 
     output: None means NAME-METHOD-BITSbit in the current directory. A bundle already there that was made from the same
-    source with the same recipe is returned as it is; any other needs `overwrite`. `report` receives events.
+    source and data with the same recipe is returned as it is; any other needs `overwrite`. `report` receives events.
     A run that was killed goes on after its last finished layer if it is repeated; what it has is hidden beside the output.
     Raises InvalidRecipe, InvalidRequest for calibration data, UnsupportedCheckpoint, BrokenCheckpoint or OutputRefused.
     """

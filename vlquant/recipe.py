@@ -58,8 +58,9 @@ class Recipe:
         others = [name for name in USED["gptq"] if name not in USED[self.method]]
         without_use = [name for name in others if getattr(self, name) != getattr(Recipe, name)]
         if without_use:
-            option = without_use[0].replace("_", "-")
-            raise InvalidRecipe(f"method {self.method} has no use for a {option}; leave --{option} out or use --method gptq")
+            word = without_use[0].replace("_", "-")
+            option = "calib" if word == "calibration" else word
+            raise InvalidRecipe(f"method {self.method} has no use for a {word}; leave --{option} out or use --method gptq")
         if not 0 < self.damping <= 0.5:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if not self.calibration or not all(self.calibration):
