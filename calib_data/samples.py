@@ -3,11 +3,12 @@
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
 from vlquant.calib_data import drawing
+from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.drawing import Picture
 from vlquant.calib_data.scenes import SCENES, TRAINING_SCENES, Question
 from vlquant.request import Request
@@ -70,3 +71,21 @@ def sample_request(sample: Sample, question: Question) -> Request:
     if sample.video:
         return Request(question.text, video=sample.images)
     return Request(question.text, images=sample.images)
+
+
+@dataclass(frozen=True)
+class CalibrationScenes:
+    """Scenes of the calibration split, each with all its questions, one after the other: answers are what pictures are rich in."""
+
+    count: int
+    seed: int = 0
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Conversation:
+        sample = draw_sample("calibration", index, seed=self.seed)
+        first = index % len(sample.questions)
+        *earlier, last = sample.questions[first:] + sample.questions[:first]
+        request = replace(sample_request(sample, last), history=[(each.text, each.answer) for each in earlier])
+        return Conversation(sample.key, request, last.answer)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from vlquant import activations, gptq, quantized_layers
 from vlquant.calib_data import demo_model
-from vlquant.calib_data.samples import KINDS, Sample, samples
+from vlquant.calib_data.samples import KINDS, CalibrationScenes, Sample, samples
 from vlquant.calibrate import CalibrationInputs, calibration_inputs
 from vlquant.decoder import LINEARS, DecoderLayer, FloatLinear
 from vlquant.events import silent
@@ -127,10 +127,12 @@ def fresh_inputs(model: Model, folder: Path, recipe: Recipe) -> CalibrationInput
     """The first layer's inputs, encoded once for each seed and copied for each run, which consumes them."""
     kept, used = folder / f"inputs-{recipe.seed}", folder / "inputs"
     kept.mkdir(exist_ok=True)
-    calibration_inputs(model, kept, recipe=recipe, device="cpu", report=silent)
+    conversations = CalibrationScenes(recipe.samples, recipe.seed)
+    limits = {"most_tokens": recipe.tokens, "device": "cpu", "report": silent}
+    calibration_inputs(model, kept, conversations, **limits)
     shutil.rmtree(used, ignore_errors=True)
     shutil.copytree(kept, used)
-    return calibration_inputs(model, used, recipe=recipe, device="cpu", report=silent)
+    return calibration_inputs(model, used, conversations, **limits)
 
 
 def measured(options: argparse.Namespace) -> Iterator[tuple[str, int, numpy.ndarray]]:

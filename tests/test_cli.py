@@ -83,10 +83,12 @@ def test_quantize_defaults_are_those_of_the_recipe(stand_in):
 
 def test_quantize_passes_every_option(stand_in):
     calls = stand_in("vlquant.quantize", "quantize", result=Path("out"))
-    options = ["--bits", 8, "--group-size", 64, "--calib", "builtin", "--samples", 3, "--tokens", 512, "-o", "out", "--overwrite"]
-    assert run("quantize", *options, "model").exit_code == 0
+    options = ["--bits", 8, "--group-size", 64, "--samples", 3, "--tokens", 512, "-o", "out", "--overwrite"]
+    data = ["--calib", "builtin", "--calib", "a/train.jsonl", "--seed", 4]
+    assert run("quantize", *options, *data, "model").exit_code == 0
     [(_, keywords)] = calls
-    assert keywords["recipe"] == Recipe(bits=8, group_size=64, samples=3, tokens=512)
+    sets = ("builtin", "a/train.jsonl")
+    assert keywords["recipe"] == Recipe(bits=8, group_size=64, calibration=sets, samples=3, tokens=512, seed=4)
     assert (keywords["output"], keywords["overwrite"]) == (Path("out"), True)
 
 

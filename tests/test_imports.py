@@ -17,6 +17,8 @@ VERBS = {
     "vlquant.quantize",
     "vlquant.reload",
     "vlquant.unfinished",
+    "vlquant.calibration_sets",
+    "vlquant.reference_answers",
     "vlquant.check",
     "vlquant.check_table",
     "vlquant.judge",

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from vlquant import bnb, gptq, packing
 from vlquant import quantized_layers as quantizing
 from vlquant.bundle import changed_files, read_manifest
+from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import ANSWER, PICTURE, calibration_inputs
 from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe, OutputRefused
@@ -95,7 +96,7 @@ def test_manifest_tells_everything(bundles):
 
 def test_calibration_sees_pictures_and_answers(tmp_path):
     model = open_model(INTERNLM2)
-    inputs = calibration_inputs(model, tmp_path, recipe=Recipe(samples=2), device="cpu", report=silent)
+    inputs = calibration_inputs(model, tmp_path, CalibrationScenes(2), most_tokens=2048, device="cpu", report=silent)
     classes = inputs.classes[0]
     assert (classes == PICTURE).sum() % 256 == 0
     stop = open_model(INTERNLM2).tensor("model.language_model.embed_tokens.weight")[898]  # <|im_end|>
@@ -111,8 +112,8 @@ def test_calibration_conversations_have_at_most_so_many_tokens(tmp_path):
     lengths = {}
     for most in (300, 1500, 4000):
         (tmp_path / str(most)).mkdir()
-        recipe = Recipe(samples=22, tokens=most)
-        inputs = calibration_inputs(open_model(INTERNLM2), tmp_path / str(most), recipe=recipe, device="cpu", report=silent)
+        limits = {"most_tokens": most, "device": "cpu", "report": silent}
+        inputs = calibration_inputs(open_model(INTERNLM2), tmp_path / str(most), CalibrationScenes(22), **limits)
         lengths[most] = [len(classes) for classes in inputs.classes]
     # Three pictures keep a tile of 256 tokens each.
     assert max(lengths[300]) <= 3 * 256 + 128 and max(lengths[1500]) <= 1500 and max(lengths[4000]) <= 4000

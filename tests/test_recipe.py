@@ -21,7 +21,8 @@ from vlquant.recipe import Recipe
         ({"method": "bnb", "samples": 8}, "leave --samples out"),
         ({"method": "rtn", "samples": 8}, "leave --samples out"),
         ({"damping": 0.0}, "damping"),
-        ({"calibration": "nowhere"}, "--calib"),
+        ({"calibration": ()}, "--calib"),
+        ({"method": "rtn", "calibration": "photos"}, "leave --calib out"),
         ({"samples": 0}, "--samples"),
     ],
 )
@@ -31,7 +32,7 @@ def test_bad_fields_are_refused_in_one_sentence(fields, words):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=8, group_size=-1, seed=4), Recipe(method="bnb", bits=8), Recipe(method="rtn", group_size=32)])
+@pytest.mark.parametrize("recipe", [Recipe(), Recipe(bits=8, group_size=-1, seed=4), Recipe(calibration=("builtin", "a.tsv")), Recipe(method="bnb", bits=8), Recipe(method="rtn", group_size=32)])
 def test_stored_recipe_reads_back(recipe):
     assert Recipe.from_dict(json.loads(json.dumps(recipe.to_dict()))) == recipe
 

@@ -35,9 +35,15 @@ class Calibration(Record):
     """What a GPTQ bundle was calibrated on."""
 
     set: str
+    """Names of the sets, without their folders."""
     sha256: str
+    """Of pixels and texts, as they were given."""
     samples: int
     tokens: int
+    generated: int = 0
+    """How many of the answers the reference wrote itself, because the data had none."""
+    pictures: tuple[str, ...] = ()
+    """Short hashes of all pictures, by which `vlquant check` knows them again."""
 
 
 class ModuleRecord(Record):

@@ -13,14 +13,22 @@ import numpy
 import torch
 from torch import Tensor
 
-from vlquant.calib_data import samples as sets
-from vlquant.calib_data.scenes import Question
+from vlquant.calib_data.conversations import Conversation, ConversationSet, named
 from vlquant.config import ModelConfig
 from vlquant.events import Event, Report
 from vlquant.model import Model
+from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.publishing import flush_entry, replace_text
 from vlquant.recipe import Recipe
-from vlquant.request import Request, encode_answer, encode_request
+from vlquant.request import (
+    EncodedRequest,
+    Request,
+    encode_answer,
+    encode_prompt,
+    encode_request,
+    place_images,
+    require_text,
+)
 from vlquant.tokenizer import Tokenizer, load_tokenizer
 from vlquant.vision import vision_features
 
@@ -34,7 +42,11 @@ CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
 TEXT_TOKENS = 128
-"""Room left for question, answer and system message."""
+"""Room left at least for question, answer and system message."""
+TEMPLATE_TOKENS = 64
+"""What system message and roles take of it, about."""
+LONGEST_ANSWER = 256
+"""Tokens of an answer that is still to be written."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +59,7 @@ class CalibrationInputs:
     """int64 [length] of every conversation: PICTURE, PROMPT or ANSWER."""
     width: int
     """Of a hidden state."""
-    shares: tuple[float, float, float]
+    shares: tuple[float, float, float] = Recipe().class_shares
     """Weight of all tokens of each class together: by their numbers, pictures would drown the text."""
     layer: int = 0
     """The layer whose inputs these are."""
@@ -128,28 +140,30 @@ def write_states(path: Path, states: Iterable[Tensor]) -> None:
 
 
 def calibration_inputs(
-    model: Model, folder: Path, *, recipe: Recipe, device: str, report: Report, layer: int = 0
+    model: Model, folder: Path, conversations: ConversationSet, *, most_tokens: int, device: str, report: Report
 ) -> CalibrationInputs:
-    """Encode the recipe's calibration set as the model was trained to see it, pictures through its own vision tower.
+    """Encode answered conversations as the model was trained to see them, pictures through its own vision tower.
 
-    folder: for the files of hidden states; if it holds those of an interrupted run, whose next `layer` is given, they are
-    taken. Raises BrokenCheckpoint if the checkpoint cannot be read.
+    folder: for the files of hidden states; if it has been filled before, by an interrupted run, nothing is encoded again.
+    most_tokens: of a conversation. Raises InvalidRequest naming a conversation that cannot be encoded.
     """
-    known = folder / CLASSES_FILE
+    known, width = folder / CLASSES_FILE, model.config.decoder.hidden_size
     if known.exists():
-        classes = [torch.tensor(each) for each in json.loads(known.read_text())]
-        return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, recipe.class_shares, layer)
+        return CalibrationInputs(folder, tuple(torch.tensor(each) for each in json.loads(known.read_text())), width)
     classes: list[Tensor] = []
-    write_states(states_path(folder, 0), embedded(model, recipe, classes, device=device, report=report))
+    states = embedded(model, conversations, classes, most_tokens=most_tokens, device=device, report=report)
+    write_states(states_path(folder, 0), states)
     replace_text(known, json.dumps([each.tolist() for each in classes]))
-    return CalibrationInputs(folder, tuple(classes), model.config.decoder.hidden_size, recipe.class_shares)
+    return CalibrationInputs(folder, tuple(classes), width)
 
 
-def embedded(model: Model, recipe: Recipe, classes: list[Tensor], *, device: str, report: Report) -> Iterator[Tensor]:
-    """Inputs [1, length, hidden] of the first layer for every sample; what its tokens are is added to `classes`."""
+def embedded(
+    model: Model, conversations: ConversationSet, classes: list[Tensor], *, most_tokens: int, device: str, report: Report
+) -> Iterator[Tensor]:
+    """Inputs [1, length, hidden] of the first layer for every conversation; what its tokens are is added to `classes`."""
     weights, tokenizer = VisionWeights(model, device), load_tokenizer(model.folder)
-    for index, sample in enumerate(sets.samples("calibration", recipe.samples, seed=recipe.seed)):
-        ids, own, pixels = encode_sample(sample, index, model.config, tokenizer, most_tokens=recipe.tokens)
+    for index in range(len(conversations)):
+        ids, own, pixels = encode_conversation(conversations[index], model.config, tokenizer, most_tokens=most_tokens)
         hidden = model.embedding_rows(ids).float()
         if pixels is not None:
             batches = pixels.split(TILES_AT_ONCE)
@@ -157,7 +171,7 @@ def embedded(model: Model, recipe: Recipe, classes: list[Tensor], *, device: str
             hidden[own == PICTURE] = torch.cat(features).flatten(0, 1).cpu()
         classes.append(own)
         yield hidden[None]
-        report(Event("calibration", index + 1, recipe.samples))
+        report(Event("calibration", index + 1, len(conversations)))
 
 
 class VisionWeights:
@@ -173,27 +187,67 @@ class VisionWeights:
         return self[name] if self.model.has(f"model.{name}") else default
 
 
-def encode_sample(
-    sample: sets.Sample, index: int, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int
+def encode_conversation(
+    conversation: Conversation, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One question of a sample with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side].
+    """A conversation with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side].
 
-    most_tokens: pictures are cut into fewer tiles, and frames left out, to stay below; at least one tile remains of each.
+    most_tokens: pictures are cut into fewer tiles, and frames left out, to stay below; at least one tile remains of each,
+    and what comes after the last of them is cut off where it becomes too long.
     """
-    question = sample.questions[index % len(sample.questions)]
-    encoded = encode_request(fitting_request(sample, question, config, most_tokens), config, tokenizer)
-    answer = encode_answer(question.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
+    with named(conversation.key):
+        require_text(conversation.answer)
+        request = placed(fitting_request(conversation, config, tokenizer, most_tokens=most_tokens), config)
+        encoded = encode_request(request, config, tokenizer)
+        answer = encode_answer(conversation.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
     ids = torch.tensor(encoded.ids + answer)
-    classes = torch.where(torch.arange(len(ids)) < len(encoded.ids), PROMPT, ANSWER)
-    classes[ids == tokenizer.token_id(config.chat.image_token)] = PICTURE
-    return ids, classes, encoded.pixel_values()
+    in_prompt = torch.arange(len(ids)) < len(encoded.ids)
+    classes = torch.where(in_prompt, PROMPT, ANSWER)
+    for places in earlier_answers(request, encoded, config, tokenizer):
+        classes[places] = ANSWER
+    end = 0
+    if encoded.tiles:  # Without, the token is a text like any other.
+        in_picture = in_prompt & (ids == tokenizer.token_id(config.chat.image_token))
+        classes[in_picture] = PICTURE
+        end = int(in_picture.nonzero().max()) + 1
+    length = max(most_tokens, end + TEXT_TOKENS)
+    return ids[:length], classes[:length], encoded.pixel_values()
 
 
-def fitting_request(sample: sets.Sample, question: Question, config: ModelConfig, most_tokens: int) -> Request:
-    """The question with as many tiles as `most_tokens` leave room for."""
-    request, chat = sets.sample_request(sample, question), config.chat
-    tiles = max(1, (most_tokens - TEXT_TOKENS) // chat.tokens_per_tile)
-    if sample.video:
+def placed(request: Request, config: ModelConfig) -> Request:
+    """The same conversation with its pictures in the first turn if it does not say where they are."""
+    history = list(request.history or ())
+    if not history or any(IMAGE_PLACEHOLDER in text for text in (request.question, *(question for question, _ in history))):
+        return request
+    (question, answer), *rest = history
+    frames, numbered = len(request.video or ()), config.chat.conversation.numbers_pictures
+    opening = place_images(replace(request, question=question, history=None), len(request.images), frames, numbered=numbered)
+    return replace(request, history=[(opening, answer), *rest])
+
+
+def earlier_answers(
+    request: Request, encoded: EncodedRequest, config: ModelConfig, tokenizer: Tokenizer
+) -> Iterator[slice]:
+    """Where in the ids of a conversation the answers of its history stand, stop tokens included."""
+    history, shared = list(request.history or ()), {"config": config, "tokenizer": tokenizer}
+    for turn, (question, answer) in enumerate(history):
+        before = replace(request, history=history[:turn])
+        pictures = sum(text.count(IMAGE_PLACEHOLDER) for text, _ in history[: turn + 1])
+        prompt, ids = encode_prompt(before, question, encoded.tiles_per_image[:pictures], **shared)
+        own = encode_answer(answer, prompt, ids, **shared)
+        # Not so where a template writes history in another way than it has the model answer.
+        if encoded.ids[: len(ids) + len(own)] == [*ids, *own]:
+            yield slice(len(ids), len(ids) + len(own))
+
+
+def fitting_request(conversation: Conversation, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int) -> Request:
+    """What is asked, with as many tiles as `most_tokens` leave room for."""
+    request, chat = conversation.request, config.chat
+    texts = [*(text for turn in request.history or () for text in turn), request.question, conversation.answer or ""]
+    text_tokens = sum(len(tokenizer.encode(text)) for text in texts) + LONGEST_ANSWER * (conversation.answer is None)
+    room = most_tokens - max(TEXT_TOKENS, text_tokens + TEMPLATE_TOKENS)
+    tiles = max(1, room // chat.tokens_per_tile)
+    if request.video is not None:
         return replace(request, video=list(request.video)[:: -(-len(request.video) // tiles)])
     each = max(1, tiles // max(1, len(request.images)))
     # The thumbnail comes on top of more than one.

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
@@ -10,6 +10,7 @@ from statistics import fmean
 
 from vlquant.bundle import Manifest, find_bundle, read_manifest
 from vlquant.calib_data import demo_model
+from vlquant.calib_data.conversations import picture_name
 from vlquant.calib_data.samples import KINDS, Sample, samples, set_hash
 from vlquant.errors import InvalidRequest, OutputRefused, VlquantError
 from vlquant.events import Event, Report, silent
@@ -90,7 +91,7 @@ def check(
 
     reference: None finds the source by the name in the manifest; max_drop: points, None by the bundle's bits;
     scenes: of the built-in check set. The reference runs float weights and the torch vision tower.
-    Raises VlquantError if either cannot be loaded or the reference is not the bundle's source.
+    Raises VlquantError if either cannot be loaded, the reference is not the source, or a picture was calibrated on.
     """
     if max_drop is not None and not 0 <= max_drop <= 100:
         raise InvalidRequest(f"a drop of {max_drop} points is no margin; give --max-drop 0 to 100")
@@ -106,9 +107,9 @@ def check(
     exported = (folder / "vision" / "model.onnx").is_file()
     if not exported:
         report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
+    asked = unseen(samples("check", scenes, seed=seed), manifest)
     original = load(source, vision="torch")
     quantized = load(folder, vision="onnx" if exported else "torch")
-    asked = list(samples("check", scenes, seed=seed))
     judged = judge(original, {"bundle": quantized}, asked, step=count_questions(report, asked))["bundle"]
     result = summarize(
         judged,
@@ -122,6 +123,19 @@ def check(
     )
     store_result(folder, result, report)
     return result
+
+
+def unseen(drawn: Iterable[Sample], manifest: Manifest) -> list[Sample]:
+    """The scenes to ask about; raises InvalidRequest if the bundle was calibrated on one: it would do too well there."""
+    asked = list(drawn)
+    known = set(manifest.calibration.pictures) if manifest.calibration else set()
+    seen = [sample.key for sample in asked if known and known & set(map(picture_name, sample.images))]
+    if seen:
+        raise InvalidRequest(
+            f"{manifest.name} was calibrated on pictures of this check set ({len(seen)} scenes, the first is {seen[0]}); "
+            "quantize with other pictures, or check with another --seed"
+        )
+    return asked
 
 
 def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path) -> Path:

@@ -91,8 +91,16 @@ def quantize_command(
         float | None, typer.Option(help="Between 4 and 8: linears that need it most get 8 bits, the others 4 (gptq).")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
-    calib: Annotated[str, typer.Option(metavar="SET", help="Calibration set (gptq).")] = Recipe.calibration,
+    calib: Annotated[
+        list[str],
+        typer.Option(
+            metavar="SET",
+            help="What to calibrate on (gptq): builtin, photos (of scikit-image and scikit-learn), a .jsonl or .json file "
+            "(InternVL fine-tuning), a .tsv file (VLMEvalKit) or a folder of pictures. Several take turns.",
+        ),
+    ] = list(Recipe.calibration),
     samples: Annotated[int, typer.Option(help="Conversations taken from it.")] = Recipe.samples,
+    seed: Annotated[int, typer.Option(help="Which ones are taken.")] = Recipe.seed,
     tokens: Annotated[int, typer.Option(help="Most tokens of each: pictures get fewer tiles.")] = Recipe.tokens,
     damping: Annotated[float, typer.Option(help="Share of the Hessian's mean added to its diagonal.")] = Recipe.damping,
     vision_share: Annotated[float, typer.Option(help="Weight of all picture tokens, 0 to 1.")] = Recipe.vision_share,
@@ -104,8 +112,8 @@ def quantize_command(
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
     recipe = Recipe(
-        method=method, bits=bits, average_bits=average_bits, group_size=group_size, damping=damping, calibration=calib,
-        samples=samples, tokens=tokens, vision_share=vision_share, answer_share=answer_share,
+        method=method, bits=bits, average_bits=average_bits, group_size=group_size, damping=damping, calibration=tuple(calib),
+        samples=samples, tokens=tokens, seed=seed, vision_share=vision_share, answer_share=answer_share,
     )  # fmt: skip
     source = model_or_demo(model)
     from vlquant.progress import drawn_progress, json_progress

@@ -52,7 +52,9 @@ def summary_table(folder: Path, manifest: Manifest) -> Table:
     table.add_row("recipe", ", ".join(f"{key} {value}" for key, value in manifest.recipe.items()))
     if manifest.calibration:
         calibration = manifest.calibration
-        table.add_row("calibration", f"{calibration.set}: {calibration.samples} conversations, {calibration.tokens} tokens")
+        written = f", {calibration.generated} answers by the reference itself" if calibration.generated else ""
+        about = f"{calibration.samples} conversations, {calibration.tokens} tokens{written}"
+        table.add_row("calibration", f"{calibration.set}: {about}")
     table.add_row("size", f"{sum(manifest.sizes.values()) / 1e6:.1f} MB in {len(manifest.sizes)} files")
     table.add_row("made with", ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()))
     return table

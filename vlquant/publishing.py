@@ -38,7 +38,7 @@ def require_replaceable(output: Path, *, overwrite: bool) -> None:
         )
     if not overwrite:
         raise OutputRefused(
-            f"{output} holds a bundle with another recipe or source, or an incomplete one; "
+            f"{output} holds a bundle with another recipe, source or calibration data, or an incomplete one; "
             "add --overwrite to replace it, or choose another folder with -o"
         )
 

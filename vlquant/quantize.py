@@ -5,6 +5,7 @@ Only the linears of the language model are ever quantized; everything else is co
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from vlquant.bundle import (
     write_manifest,
 )
 from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
+from vlquant.calibration_sets import ChosenConversations, choose_conversations
 from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
@@ -31,6 +33,7 @@ from vlquant.model import Model, open_model, resolve_model
 from vlquant.publishing import publishing, require_renamable, require_replaceable, require_space
 from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
+from vlquant.reference_answers import with_answers
 from vlquant.reload import reload_elsewhere
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
@@ -59,9 +62,9 @@ def quantize(
     """Quantize the language model of a checkpoint and write a bundle; returns its folder.
 
     output: None means NAME-METHOD-BITSbit in the current directory. A bundle already there that was made from the same
-    source with the same recipe is returned as it is; any other needs `overwrite`. `report` receives events.
+    source and data with the same recipe is returned as it is; any other needs `overwrite`. `report` receives events.
     A run that was killed goes on after its last finished layer if it is repeated; what it has is hidden beside the output.
-    Raises InvalidRecipe, UnsupportedCheckpoint, BrokenCheckpoint or OutputRefused.
+    Raises InvalidRecipe, InvalidRequest for calibration data, UnsupportedCheckpoint, BrokenCheckpoint or OutputRefused.
     """
     report = report or silent
     folder = resolve_model(model)
@@ -69,7 +72,8 @@ def quantize(
     require_fitting(source.config, recipe)
     output = Path(output) if output is not None else Path(default_name(folder, recipe))
     origin = describe_source(folder)
-    if is_done(output, recipe, origin):
+    chosen = choose_conversations(recipe, report) if recipe.method == "gptq" else None
+    if is_done(output, recipe, origin, chosen):
         report(Event("quantize", message=f"{output} is already this model with this recipe"))
         return output
     load_tokenizer(folder)  # Whether there is one; it is needed last.
@@ -80,8 +84,9 @@ def quantize(
     for remark in remarks(source, output, recipe):
         report(Event("quantize", message=remark))
     settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
+    settings["calibration data"] = chosen and chosen.sha256
     with resuming(output, settings, overwrite=overwrite) as run:
-        known = quantize_layers(run, source, recipe=recipe, device=device, report=report)
+        known = quantize_layers(run, source, chosen, recipe=recipe, device=device, report=report)
         with publishing(output) as hidden:
             manifest = begun_manifest(source, origin, recipe, known)
             write_bundle(hidden, source, run, recipe=recipe, manifest=manifest, report=report)
@@ -95,15 +100,20 @@ def machine() -> dict:
 
 
 def quantize_layers(
-    run: UnfinishedRun, model: Model, *, recipe: Recipe, device: str, report: Report
+    run: UnfinishedRun, model: Model, chosen: ChosenConversations | None, *, recipe: Recipe, device: str, report: Report
 ) -> dict:
-    """Quantize what layers of `model` are not finished, each kept as soon as it is; returns what the manifest says of it."""
+    """Quantize what layers of `model` are not finished, each kept as soon as it is; returns what the manifest says of it.
+
+    chosen: what to calibrate on, for GPTQ.
+    """
     count, start, known = model.config.decoder.layers, run.layers, {"calibration": None}
     if start:
         report(Event("layers", start, count, message=f"going on after layer {start} of {count}"))
-    if recipe.method == "gptq":
-        inputs = calibration_inputs(model, run.folder, recipe=recipe, device=device, report=report, layer=start)
-        known["calibration"] = describe_calibration(recipe, inputs)
+    if chosen is not None:
+        shared = {"most_tokens": recipe.tokens, "device": device, "report": report}
+        answered = with_answers(chosen, model, run.answers, **shared)
+        inputs = replace(calibration_inputs(model, run.folder, answered, **shared), layer=start, shares=recipe.class_shares)
+        known["calibration"] = describe_calibration(recipe, chosen, inputs)
         if recipe.average_bits:
             known["bit_choice"] = choose_bits(model, inputs, recipe=recipe, device=device, report=report)
         layers = gptq_layers(model, inputs, recipe=recipe, chosen=known.get("bit_choice", ()), device=device)
@@ -233,8 +243,8 @@ def describe_source(folder: Path) -> Source:
     return Source(name=source_name(folder), files={path.name: file_hash(path) for path in paths})
 
 
-def is_done(output: Path, recipe: Recipe, origin: Source) -> bool:
-    """Whether `output` is a complete bundle of this source with this recipe."""
+def is_done(output: Path, recipe: Recipe, origin: Source, chosen: ChosenConversations | None) -> bool:
+    """Whether `output` is a complete bundle of this source with this recipe, calibrated on the same conversations."""
     if not (output / MANIFEST).is_file():
         return False
     try:
@@ -242,7 +252,8 @@ def is_done(output: Path, recipe: Recipe, origin: Source) -> bool:
     except (BrokenCheckpoint, InvalidRecipe):
         return False
     same = manifest.recipe == recipe.to_dict() and manifest.source.files == origin.files
-    return same and not missing_files(output, manifest)
+    data = manifest.calibration and manifest.calibration.sha256
+    return same and data == (chosen and chosen.sha256) and not missing_files(output, manifest)
 
 
 def bundle_bytes(model: Model, recipe: Recipe) -> int:
@@ -265,12 +276,16 @@ def library_versions() -> dict[str, str]:
     return {"vlquant": vlquant.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
-def describe_calibration(recipe: Recipe, inputs: CalibrationInputs) -> Calibration:
+def describe_calibration(recipe: Recipe, chosen: ChosenConversations, inputs: CalibrationInputs) -> Calibration:
     """What the manifest says of the pictures and texts that a recipe calibrates on."""
-    from vlquant.calib_data.samples import set_hash
-
-    identity = set_hash("calibration", recipe.samples, seed=recipe.seed)
-    return Calibration(set=recipe.calibration, sha256=identity, samples=recipe.samples, tokens=inputs.tokens)
+    return Calibration(
+        set=recipe.to_dict()["calibration"],
+        sha256=chosen.sha256,
+        samples=len(chosen),
+        tokens=inputs.tokens,
+        generated=len(chosen.unanswered),
+        pictures=chosen.pictures,
+    )
 
 
 def warnings(manifest: Manifest) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """How a language model is to be quantized: the one home of every default. Imports nothing heavy."""
 
+import os.path
 from dataclasses import asdict, dataclass
 
 from vlquant.errors import InvalidRecipe
@@ -13,6 +14,8 @@ USED = {
     "bnb": (),
 }
 """Fields that each method uses beside its own name and the bits."""
+SETS_SEPARATOR = " + "
+"""Between the names of calibration sets where a recipe is stored."""
 CODES_MULTIPLE = 32
 """GPTQ packs codes into 32-bit words along both axes, so both must be multiples of this."""
 
@@ -38,16 +41,18 @@ class Recipe:
     """Weight of all picture tokens together in what is minimised, 0 .. 1: they outnumber the text ten to one. GPTQ only."""
     answer_share: float = 0.40
     """Weight of all answer tokens together; what is left is the prompt's. GPTQ only."""
-    calibration: str = "builtin"
-    """Name of the calibration set. GPTQ only."""
+    calibration: tuple[str, ...] = ("builtin",)
+    """Calibration sets, which take turns: "builtin", "photos", files or folders; stored without the folders they are in. GPTQ only."""
     samples: int = 128
-    """Conversations taken from the calibration set. GPTQ only."""
+    """Conversations taken from the calibration sets. GPTQ only."""
     tokens: int = 2048
     """Most tokens of a calibration conversation; its pictures get fewer tiles to stay below, down to one each. GPTQ only."""
     seed: int = 0
-    """Seed of the calibration set. GPTQ only."""
+    """Which conversations are taken of the calibration sets. GPTQ only."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.calibration, str):
+            object.__setattr__(self, "calibration", (self.calibration,))
         if self.method not in METHODS:
             raise InvalidRecipe(f"method {self.method!r} is unknown; use --method {' or --method '.join(METHODS)}")
         if self.bits not in BITS[self.method]:
@@ -64,8 +69,9 @@ class Recipe:
         others = [name for name in USED["gptq"] if name not in USED[self.method]]
         without_use = [name for name in others if getattr(self, name) != getattr(Recipe, name)]
         if without_use:
-            option = without_use[0].replace("_", "-")
-            raise InvalidRecipe(f"method {self.method} has no use for a {option}; leave --{option} out or use --method gptq")
+            word = without_use[0].replace("_", "-")
+            option = "calib" if word == "calibration" else word
+            raise InvalidRecipe(f"method {self.method} has no use for a {word}; leave --{option} out or use --method gptq")
         if not 0 < self.damping <= 0.5:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if min(self.class_shares) < 0:
@@ -73,8 +79,8 @@ class Recipe:
                 f"shares of {self.vision_share} for pictures and {self.answer_share} for answers are not parts of 1; "
                 f"use --vision-share {Recipe.vision_share} and --answer-share {Recipe.answer_share}"
             )
-        if self.calibration != "builtin":
-            raise InvalidRecipe(f"calibration set {self.calibration!r} is unknown; use --calib builtin")
+        if not self.calibration or not all(self.calibration):
+            raise InvalidRecipe("a calibration set has no name; use --calib builtin, or a file or folder of your own")
         if self.tokens < 1:
             raise InvalidRecipe(f"{self.tokens} tokens per calibration conversation are too few; use --tokens 1 or more")
         if self.samples < 1:
@@ -87,8 +93,9 @@ class Recipe:
 
     def to_dict(self) -> dict:
         """The fields that this method uses, ready for JSON."""
-        used = "method", "bits", *USED[self.method]
-        return {name: value for name, value in asdict(self).items() if name in used and value is not None}
+        names = SETS_SEPARATOR.join(os.path.basename(os.path.abspath(each)) for each in self.calibration)
+        fields, used = {**asdict(self), "calibration": names}, ("method", "bits", *USED[self.method])
+        return {name: value for name, value in fields.items() if name in used and value is not None}
 
     @property
     def class_shares(self) -> tuple[float, float, float]:
@@ -106,7 +113,8 @@ class Recipe:
         unknown = sorted(set(fields) - set(Recipe.__dataclass_fields__))
         if unknown:
             raise InvalidRecipe(f"recipe fields {', '.join(unknown)} are unknown; a newer vlquant may know them")
-        return Recipe(**fields)
+        sets = fields.get("calibration")
+        return Recipe(**fields if sets is None else {**fields, "calibration": tuple(sets.split(SETS_SEPARATOR))})
 
     def require_shape(self, name: str, *, out_features: int, in_features: int) -> None:
         """Raise InvalidRecipe if the linear `name` with a [out_features, in_features] weight cannot be quantized so."""

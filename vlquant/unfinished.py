@@ -27,6 +27,7 @@ from vlquant.shards import write_safetensors
 
 SETTINGS = "started-with.json"
 RECORDS, RANGE = "records", "range"
+ANSWERS = "answers.json"
 HOPELESS = (BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, UnsupportedCheckpoint)
 """Repeating the same command would end in the same way."""
 
@@ -44,6 +45,16 @@ class UnfinishedRun:
         while self._part(count).exists():
             count += 1
         return count
+
+    @property
+    def answers(self) -> Path:
+        """The file of answers to calibrate on that the reference has written so far."""
+        return self.folder / ANSWERS
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether there is anything that takes long to make."""
+        return self.layers > 0 or self.answers.exists()
 
     def keep(self, index: int, layer: QuantizedLayer) -> None:
         """Write one layer so that it survives a loss of power."""
@@ -71,7 +82,7 @@ class UnfinishedRun:
 def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[UnfinishedRun]:
     """The run that is to become `output`: an interrupted one with the same settings goes on, else a new one begins.
 
-    It is removed when all is done, on a failure before its first layer was finished, and when the request turns out to be
+    It is removed when all is done, on a failure before anything worth keeping was finished, and when the request turns out to be
     one that cannot be carried out. Raises OutputRefused for an interrupted run with other settings, naming the
     difference, unless it may be overwritten.
     """
@@ -98,7 +109,7 @@ def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[Unfin
         shutil.rmtree(folder, ignore_errors=True)
         raise
     finally:
-        if not run.layers:
+        if not run.worth_keeping:
             shutil.rmtree(folder, ignore_errors=True)
         if lock is not None:
             os.close(lock)

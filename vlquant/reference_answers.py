@@ -1,0 +1,70 @@
+"""Answers to calibrate on where the data has none: the float model writes them itself, greedily, once."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from vlquant.calib_data.conversations import Conversation, named
+from vlquant.calibrate import LONGEST_ANSWER, fitting_request
+from vlquant.calibration_sets import ChosenConversations
+from vlquant.errors import VlquantError
+from vlquant.events import Event, Report
+from vlquant.model import Model
+from vlquant.publishing import replace_text
+from vlquant.request import EncodedRequest
+from vlquant.runtime.generate import Generation
+from vlquant.runtime.pipeline import Pipeline, load
+
+TOGETHER = 8
+"""Conversations answered side by side."""
+MEMORY_FILE = Path("/proc/meminfo")
+
+
+def with_answers(
+    chosen: ChosenConversations, model: Model, kept: Path, *, most_tokens: int, device: str, report: Report
+) -> ChosenConversations:
+    """The conversations with an answer for each, written by the unquantized `model` where there is none.
+
+    kept: file of the answers, from which an interrupted run goes on. Raises VlquantError if the model does not fit into
+    memory.
+    """
+    if not chosen.unanswered:
+        return chosen
+    answers = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else []
+    if len(answers) < len(chosen.unanswered):
+        require_memory(model, available_memory())
+        report(Event("answers", message=f"{len(chosen.unanswered)} conversations have no answer: {model.folder.name} writes them"))
+        reference = load(model.folder, device, vision="torch")
+    while len(answers) < len(chosen.unanswered):
+        # Always the same neighbours, so that an interrupted run gets the same answers.
+        together = [chosen[index] for index in chosen.unanswered[len(answers) : len(answers) + TOGETHER]]
+        asked = [encode_unanswered(reference, each, most_tokens=most_tokens) for each in together]
+        written = reference.batch(asked, Generation(max_new_tokens=LONGEST_ANSWER))
+        answers += [answer.text for answer in written]
+        replace_text(kept, json.dumps(answers))
+        report(Event("answers", len(answers), len(chosen.unanswered)))
+    return replace(chosen, answers=dict(zip(chosen.unanswered, answers, strict=True)))
+
+
+def encode_unanswered(reference: Pipeline, conversation: Conversation, *, most_tokens: int) -> EncodedRequest:
+    """A question as it will be calibrated on; raises InvalidRequest naming it if it does not fit the model's context."""
+    with named(conversation.key):
+        return reference.encode(fitting_request(conversation, reference.config, reference.tokenizer, most_tokens=most_tokens))
+
+
+def require_memory(model: Model, available: int | None) -> None:
+    """Raise VlquantError if the float model, whose weights are kept as they are stored, is clearly larger than memory."""
+    needed = sum(path.stat().st_size for path in model.folder.glob("model*.safetensors"))
+    if available is not None and needed > available:
+        raise VlquantError(
+            f"the calibration data has conversations without answers, and {model.folder.name}, which would write them, needs "
+            f"{needed / 1e9:.1f} GB where {available / 1e9:.1f} GB of memory are free; give a .jsonl file with answers"
+        )
+
+
+def available_memory() -> int | None:
+    """Bytes that a program can take without driving others out of memory; None where the system does not say."""
+    if not MEMORY_FILE.exists():
+        return None
+    lines = dict(line.split(":", 1) for line in MEMORY_FILE.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
