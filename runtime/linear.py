@@ -82,25 +82,26 @@ class StoredLinear(PackedLinear):
 
 
 class PackedGptqLinear(PackedLinear):
-    """Signed codes times one scale per group of input columns, from GPTQ v1 tensors without activation order.
+    """Signed codes times one scale per group of input columns, from GPTQ's tensors.
 
     4 bits: a byte holds column i in its low half and column i + in_features / 2 in its high half, so that both halves
-    unpack to contiguous columns. 8 bits: one byte per code.
+    unpack to contiguous columns. 8 bits: one byte per code. Columns that are not in the order of their groups (what others
+    call desc_act) are put there, and the inputs with them; zeros other than the middle become an offset per group.
     """
 
-    def __init__(self, tensors: dict[str, Tensor], *, workspace: Workspace):
+    def __init__(self, tensors: dict[str, Tensor], *, workspace: Workspace, gptq_version: int = 1):
         in_features = tensors["g_idx"].numel()
         super().__init__((tensors["qweight"].shape[1], in_features), workspace=workspace, bias=tensors.get("bias"))
         self.bits = 32 * tensors["qweight"].shape[0] // in_features
-        codes, scales, zeros = unpack_gptq(tensors, self.bits)
-        groups = torch.arange(in_features) // (in_features // scales.shape[0])
-        zero = symmetric_zero(self.bits)
-        # Version 2 of the format stores the zero itself, so that reading it as version 1 gives one more.
-        symmetric = bool((zeros == zero).all()) or bool((zeros == zero + 1).all())
-        if not torch.equal(tensors["g_idx"].long(), groups) or not symmetric:
-            raise UnsupportedCheckpoint(
-                "GPTQ weights with activation order or asymmetric zeros are not supported here; quantize again with vlquant"
-            )
+        codes, scales, zeros = unpack_gptq(tensors, self.bits, gptq_version)
+        group, zero = tensors["g_idx"].long(), symmetric_zero(self.bits)
+        if not torch.equal(group.bincount(minlength=len(scales)), torch.full((len(scales),), in_features // len(scales))):
+            raise UnsupportedCheckpoint("GPTQ groups of different sizes are not supported; quantize again with vlquant")
+        order = group.argsort(stable=True)
+        self.order = None if torch.equal(order, torch.arange(in_features)) else order.to(workspace.device)
+        codes = codes if self.order is None else codes[:, order]
+        offsets = (zero - zeros).to(torch.float32) * scales.float()
+        self.offsets = offsets.T.contiguous().to(workspace.device) if bool(offsets.any()) else None  # [out, groups]
         signed = (codes.to(torch.int16) - zero).to(torch.int8)  # [out, in]
         if self.bits == 4:
             low, high = signed.chunk(2, dim=1)
@@ -108,7 +109,11 @@ class PackedGptqLinear(PackedLinear):
         self.codes = signed.contiguous().to(workspace.device)
         self.scales = scales.T.contiguous().to(workspace.device)  # [out, groups]
 
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x if self.order is None else x[..., self.order])
+
     def expand(self, start: int, stop: int) -> Tensor:
+        """The rows, their columns in the order of groups."""
         weight, codes = self._floats(stop - start), self.codes[start:stop]
         scales = self.scales[start:stop].float()
         if self.bits == 4:
@@ -120,7 +125,9 @@ class PackedGptqLinear(PackedLinear):
             scales = scales / 16
         else:
             weight.copy_(codes)
-        weight.view(stop - start, scales.shape[1], -1).mul_(scales[:, :, None])
+        grouped = weight.view(stop - start, scales.shape[1], -1).mul_(scales[:, :, None])
+        if self.offsets is not None:
+            grouped.add_(self.offsets[start:stop, :, None])
         return weight
 
 
@@ -164,10 +171,10 @@ class PackedInt8Linear(PackedLinear):
         return self._floats(stop - start).copy_(self.codes[start:stop]).mul_(self.scales[start:stop, None])
 
 
-def make_linear(tensors: dict[str, Tensor], *, workspace: Workspace) -> Linear:
+def make_linear(tensors: dict[str, Tensor], *, workspace: Workspace, gptq_version: int = 1) -> Linear:
     """The linear that tensors stand for, told by their names: {"qweight", ...}, {"weight", "SCB"}, {"weight", "bias"} ..."""
     if "qweight" in tensors:
-        return PackedGptqLinear(tensors, workspace=workspace)
+        return PackedGptqLinear(tensors, workspace=workspace, gptq_version=gptq_version)
     if "weight.absmax" in tensors:
         return PackedNf4Linear(tensors, workspace=workspace)
     if "SCB" in tensors:
@@ -195,7 +202,8 @@ def load_decoder(model: Model, device: str | torch.device = "cpu") -> Decoder:
 def load_layer(model: Model, index: int, workspace: Workspace) -> DecoderLayer:
     """One layer of a bundle or checkpoint."""
     tensors = model.decoder_layer(index)
-    linears = {name: make_linear(_part(tensors, name), workspace=workspace) for name in LINEARS}
+    version = model.gptq_version
+    linears = {name: make_linear(_part(tensors, name), workspace=workspace, gptq_version=version) for name in LINEARS}
     norms = {name: tensors[f"{name}.weight"].float().to(workspace.device) for name in norm_names(model.config.decoder)}
     return DecoderLayer(model.config.decoder, linears, norms)
 

@@ -79,12 +79,12 @@ def read_config(folder: str | Path) -> ModelConfig:
     return parse_config(source, where)
 
 
-def quantization_method(folder: Path) -> str | None:
-    """What quantized the checkpoint in `folder`, as its config.json says in the model's or the language model's section."""
+def quantization_settings(folder: Path) -> dict:
+    """How the checkpoint in `folder` is quantized, as its config.json says in the model's or the language model's section."""
     config = read_json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).exists() else {}
     sections = [config, *(config.get(key) for key in ("llm_config", "text_config"))]
     found = [section["quantization_config"] for section in sections if isinstance(section, dict) and section.get("quantization_config")]
-    return found[0].get("quant_method") if found and isinstance(found[0], dict) else None
+    return found[0] if found and isinstance(found[0], dict) else {}
 
 
 def _processor(folder: Path) -> Mapping:

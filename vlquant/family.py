@@ -178,8 +178,8 @@ def split_layer(name: str) -> tuple[str, str | None]:
 
 
 def split_kind(name: str) -> tuple[str, str]:
-    """A tensor name as (module, kind): kind is ".weight", ".bias" or "" for bare parameters."""
-    for kind in (".weight", ".bias"):
+    """A tensor name as (module, kind): kind is ".weight", ".bias", one of GPTQ's, or "" for bare parameters."""
+    for kind in (".weight", ".bias", ".qweight", ".qzeros", ".scales", ".g_idx"):
         if name.endswith(kind):
             return name.removesuffix(kind), kind
     return name, ""

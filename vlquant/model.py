@@ -1,7 +1,7 @@
 """Open a model (published checkpoint or bundle) and read its tensors under canonical names."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlquant.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
-from vlquant.config import ModelConfig, quantization_method, read_config
+from vlquant.config import ModelConfig, quantization_settings, read_config
 from vlquant.decoder import LINEARS, Decoder, FloatLinear, float_layer
 from vlquant.errors import BrokenCheckpoint, MissingDependency, UnsupportedCheckpoint
 from vlquant.family import (
@@ -25,10 +25,13 @@ from vlquant.family import (
 from vlquant.layout import EMBEDDING, HEAD, POSITIONS, QUANTIZED_FORMS, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.lora import merge_adapters, refuse_remains
 from vlquant.members import KNOWN_MODELS, nearest_names
+from vlquant.packing import select_outputs
 
 HUB_OWNER = "OpenGVLab"
 READABLE = (None, "gptq", "bitsandbytes")
 """What may have quantized a checkpoint."""
+GPTQ_FORMATS = {"gptq": 1, "gptq_v2": 2}
+PACKED_KINDS = ("qweight", "qzeros", "scales", "g_idx")
 HUB_FILES = (SINGLE_FILE, INDEX_FILE, "model-*.safetensors", "*.json", "tokenizer.model", "vocab.json", "merges.txt")
 
 
@@ -37,6 +40,7 @@ class Model:
 
     def __init__(self, folder: Path, config: ModelConfig, checkpoint: Checkpoint):
         self.folder, self.config, self.checkpoint = folder, config, checkpoint
+        self.gptq_version = 1
         self._shapes = tensor_shapes(config)
         self._last_split: tuple[str, list[Tensor]] = ("", [])
 
@@ -71,8 +75,15 @@ class Model:
         """All tensors of decoder layer `index` by relative name ("self_attn.q_proj.weight", ".qweight", ...)."""
         prefix = layer_prefix(index)
         names = [name for name in self.checkpoint if name.startswith(prefix)]
-        names = names or [name for name in layer_shapes(self.config.decoder, index) if self.has(name)]
+        names = names or [form for name in layer_shapes(self.config.decoder, index) for form in self._forms(name)]
         return {name.removeprefix(prefix): self.tensor(name) for name in names}
+
+    def _forms(self, name: str) -> list[str]:
+        """What there is of the tensor with canonical `name`: itself, or what GPTQ made of it."""
+        if self.has(name):
+            return [name]
+        packed = [f"{name.removesuffix('weight')}{kind}" for kind in PACKED_KINDS]
+        return [each for each in packed if self.has(each)]
 
     def vision_tensors(self) -> dict[str, Tensor]:
         """All tensors of vision tower and projector, named without the leading "model."."""
@@ -115,15 +126,25 @@ class Model:
         # The parts of one fused tensor are asked for one after the other: read it once.
         if self._last_split[0] != stored:
             rows, groups = self._fused_rows(fusion, name), fusion_groups(fusion, self.config)
-            self._last_split = stored, split_fused(self.checkpoint.read(stored), rows=rows, groups=groups)
+            self._last_split = stored, split_stored(self.checkpoint.read(stored), stored, rows=rows, groups=groups)
         return self._last_split[1][self._part(fusion, name)].clone()
 
     def _fused_rows(self, fusion: Fusion, name: str) -> Sequence[int]:
         layer, kind = split_layer(name)[1], split_kind(name)[1]
+        kind = ".weight" if kind.removeprefix(".") in PACKED_KINDS else kind
         return [self._shapes[part.format(layer) + kind][0] for part in fusion.parts]
 
     def _part(self, fusion: Fusion, name: str) -> int:
         return fusion.parts.index(split_kind(split_layer(name)[0])[0])
+
+
+def split_stored(fused: Tensor, stored: str, *, rows: Sequence[int], groups: int) -> list[Tensor]:
+    """Undo a fusion as `split_fused`, of float weights or of one of the tensors that GPTQ stores for them."""
+    kind = stored.rpartition(".")[2]
+    if kind not in PACKED_KINDS:
+        return split_fused(fused, rows=rows, groups=groups)
+    outputs = split_fused(torch.arange(sum(rows)), rows=rows, groups=groups)
+    return [select_outputs(kind, fused, each, sum(rows)) for each in outputs]
 
 
 def fit_positions(positions: Tensor, length: int) -> Tensor:
@@ -147,12 +168,8 @@ def open_model(folder: str | Path) -> Model:
     UnsupportedCheckpoint for models this version cannot run.
     """
     config = read_config(folder)
-    method = quantization_method(Path(folder))
-    if method not in READABLE:
-        raise UnsupportedCheckpoint(
-            f"{folder} is quantized with {method}, which vlquant does not read; take the unquantized checkpoint and quantize that"
-        )
     model = Model(Path(folder), config, merge_adapters(open_checkpoint(folder), config.source))
+    model.gptq_version = gptq_version(quantization_settings(Path(folder)), folder)
     missing = [name for name in tensor_shapes(config) if not model.has(name) and not is_quantized(model, name)]
     if missing:
         raise BrokenCheckpoint(f"{folder} lacks {_some(missing, model)}; download the checkpoint again")
@@ -163,12 +180,27 @@ def open_model(folder: str | Path) -> Model:
     return model
 
 
+def gptq_version(settings: Mapping, folder: str | Path) -> int:
+    """Which version of GPTQ's format a checkpoint with these quantization settings has, 1 if it has another format or none.
+
+    Raises UnsupportedCheckpoint for what vlquant does not read.
+    """
+    method = settings.get("quant_method")
+    form = settings.get("checkpoint_format") or settings.get("format") or "gptq"
+    if method not in READABLE or (method == "gptq" and form not in GPTQ_FORMATS):
+        name = method if method not in READABLE else f"{method} in the format {form}"
+        raise UnsupportedCheckpoint(
+            f"{folder} is quantized with {name}, which vlquant does not read; take the unquantized checkpoint and quantize that"
+        )
+    return GPTQ_FORMATS[form] if method == "gptq" else 1
+
+
 def is_quantized(model: Model, name: str) -> bool:
     """Whether the weight with canonical `name` is stored in one of the quantized forms."""
     module = name.removesuffix(".weight")
     if not module.startswith(LANGUAGE_MODEL) or not module.endswith(LINEARS) or module == name:
         return False
-    return any(all(module + kind in model.checkpoint for kind in form) for form in QUANTIZED_FORMS)
+    return any(all(model.has(module + kind) for kind in form) for form in QUANTIZED_FORMS)
 
 
 def _check_shape(model: Model, name: str, expected: tuple[int, ...]) -> None:

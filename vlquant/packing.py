@@ -37,11 +37,15 @@ def pack_gptq(codes: Tensor, scales: Tensor, *, bits: int, group_size: int) -> d
     }
 
 
-def unpack_gptq(tensors: Mapping[str, Tensor], bits: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The inverse of `pack_gptq`: codes uint8 [out, in], scales float16 [groups, out], zeros int16 [groups, out]."""
+def unpack_gptq(tensors: Mapping[str, Tensor], bits: int, version: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """The inverse of `pack_gptq`: codes uint8 [out, in], scales float16 [groups, out], zeros int16 [groups, out].
+
+    version: 1, or 2 ("gptq_v2"), which stores zeros as they are.
+    """
     codes = _unpack_rows(tensors["qweight"], bits).T.contiguous()  # [out, in]
     # int16 so that 255 + 1 is 256 and not 0, as asymmetric checkpoints of others may have it.
-    zeros = _unpack_rows(tensors["qzeros"].T.contiguous(), bits).T.to(torch.int16) + 1
+    zeros = _unpack_rows(tensors["qzeros"].T.contiguous(), bits).T.to(torch.int16)
+    zeros = zeros + 1 if version == 1 else zeros
     return codes, tensors["scales"], zeros
 
 
@@ -52,6 +56,17 @@ def dequantize_gptq(tensors: Mapping[str, Tensor], *, bits: int, dtype: torch.dt
     scale = scales.to(dtype)[group]  # [in, out]
     shifted = codes.T.to(dtype) - zeros.to(dtype)[group]
     return (scale * shifted).T.contiguous()
+
+
+def select_outputs(kind: str, tensor: Tensor, rows: Tensor, out_features: int) -> Tensor:
+    """One of the tensors ("qweight", ...) of a packed linear with `out_features`, for some of its rows only."""
+    if kind == "g_idx":
+        return tensor
+    if kind != "qzeros":
+        return tensor[:, rows].contiguous()
+    bits = WORD * tensor.shape[1] // out_features
+    zeros = _unpack_rows(tensor.T.contiguous(), bits)[rows]
+    return _pack_rows(zeros, bits).T.contiguous()
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
