@@ -21,6 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from vlquant import activations, gptq, quantized_layers
+from vlquant.bundle import ModuleRecord
 from vlquant.calib_data import demo_model
 from vlquant.calib_data.samples import KINDS, CalibrationScenes, Sample, samples
 from vlquant.calibrate import CalibrationInputs, calibration_inputs
@@ -50,9 +51,9 @@ def plain_gptq(weight, hessian, *, bits, group_size, damping):
     return gptq.Rounding(codes, scales, used)
 
 
-def keep_gptq(name, weight, part, judging, bits):
+def keep_gptq(name, weight, target, part, *, judging, bits):
     """No second opinion."""
-    return part, None
+    return part, ModuleRecord(name=name, method="gptq", error=None, nearest_error=None, damping=None, fallback=False)
 
 
 def weights_of(model: Model, inputs: CalibrationInputs, recipe: Recipe) -> Weights:
@@ -68,7 +69,7 @@ def packed(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Te
 
 
 def plain_weights(model: Model, inputs: CalibrationInputs, recipe: Recipe) -> Weights:
-    """The same with every token alike, no cap on norms, plain scales, columns in order and no choice of the better one."""
+    """The same with every token alike, no cap on norms, plain scales, columns in order, no compensation, no choice of the better one."""
     uniform = torch.full((3,), 1 / inputs.tokens)
     with (
         mock.patch.object(CalibrationInputs, "token_weights", uniform),
@@ -76,7 +77,7 @@ def plain_weights(model: Model, inputs: CalibrationInputs, recipe: Recipe) -> We
         mock.patch.object(gptq, "quantize_weight", plain_gptq),
         mock.patch.object(quantized_layers, "better_rounding", keep_gptq),
     ):
-        return weights_of(model, inputs, recipe)
+        return weights_of(model, inputs, replace(recipe, compensation=0.0))
 
 
 def peer_weights(folder: Path, seed: int, bits: int, layers: int) -> Weights:

@@ -34,7 +34,7 @@ def test_error_is_well_below_rounding(layer, bits, group_size):
     group_size = 256 if group_size == -1 else group_size
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(found.scales, group_size), bits)
     nearest = gptq.dequantize(nearest, found.scales, bits=bits)
-    ours, plain = (gptq.squared_errors(weight, each, inputs).sum().sqrt() for each in (rounded, nearest))
+    ours, plain = (gptq.squared_errors(inputs @ weight.T, each, inputs).sum().sqrt() for each in (rounded, nearest))
     assert ours < 0.8 * plain
     assert found.damping == 0.05
 
@@ -126,10 +126,10 @@ def test_what_unseen_inputs_suffer_less_from_is_taken():
     weight = torch.randn(64, 128)
     mixing = torch.randn(128, 128) * torch.logspace(0, -2, 128)
     seen, unseen, few = (torch.randn(count, 128) @ mixing for count in (4096, 4096, 3))
-    judging = JudgingInputs(unseen, torch.ones(4096), torch.arange(4096) % 3)
+    judging = JudgingInputs(unseen, unseen, torch.ones(4096), torch.arange(4096) % 3)
     for inputs, method in ((seen, "gptq"), (few, "rounding")):
         rounding = gptq.quantize_weight(weight, inputs.T @ inputs, bits=4, group_size=32, damping=0.01)
-        chosen, record = better_rounding("x", weight, rounding, judging, 4)
+        chosen, record = better_rounding("x", weight, weight, rounding, judging=judging, bits=4)
         assert record.method == method
         assert torch.equal(chosen.codes, rounding.codes) == (method == "gptq") and record.error <= record.nearest_error
         assert set(record.class_errors) == {"vision", "prompt", "answer"}
@@ -175,7 +175,7 @@ def class_errors(weight, seen, unseen, shares):
     hessian = sum(share * rows.T @ rows for share, rows in zip(shares, seen, strict=True))
     found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
     rounded = gptq.dequantize(found.codes, found.scales, bits=4)
-    return [float((gptq.squared_errors(weight, rounded, rows).sum() / (rows @ weight.T).square().sum()).sqrt()) for rows in unseen]
+    return [float((gptq.squared_errors(rows @ weight.T, rounded, rows).sum() / (rows @ weight.T).square().sum()).sqrt()) for rows in unseen]
 
 
 def test_balance_helps_text_and_hardly_hurts_vision(two_classes):
@@ -192,5 +192,5 @@ def test_signed_search_beats_the_largest_value(layer, bits):
     searched = gptq.search_scales(weight, hessian.diagonal(), bits=bits, group_size=64)
     codes = gptq.nearest_codes(weight, gptq.expand_scales(searched, 64), bits)
     rounded = gptq.dequantize(codes, searched, bits=bits), nearest_with_plain_scales(weight, bits, 64)
-    error, plain_error = (gptq.squared_errors(weight, each, inputs).sum().sqrt() for each in rounded)
+    error, plain_error = (gptq.squared_errors(inputs @ weight.T, each, inputs).sum().sqrt() for each in rounded)
     assert error < 0.9 * plain_error

@@ -1,5 +1,6 @@
 """`quantize` on small checkpoints: what is written, what is refused, and what other programs make of it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -169,8 +170,8 @@ def test_bundle_is_not_quantized_again(bundles, tmp_path):
 
 def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
     def not_finite(*inputs, **where):
-        hessian, judging = record(*inputs, **where)
-        return hessian * torch.nan, judging
+        seen, floats = record(*inputs, **where)
+        return dataclasses.replace(seen, hessian=seen.hessian * torch.nan), floats
 
     events, record = [], quantizing.record_inputs
     monkeypatch.setattr(quantizing, "record_inputs", not_finite)

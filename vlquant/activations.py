@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from vlquant.calibrate import CalibrationInputs
-from vlquant.decoder import DecoderConfig, DecoderLayer, FloatLinear, Linear, rms_norm, rotary_tables
+from vlquant.decoder import DecoderConfig, DecoderLayer, Linear, rms_norm, rotary_tables
+from vlquant.hf_layout import STAGES
 
 LARGEST_NORM = 10.0
 """A token counts at most as if its squared norm were this many times the median: first tokens are giants."""
+LayerPair = tuple[DecoderLayer, DecoderLayer]
+ENDS_OF_HALVES = (STAGES[1], STAGES[3])
 ROWS_AT_ONCE = 2048
 """Inputs that wait to be added up together: longer products are faster ones."""
 
@@ -21,27 +24,63 @@ class JudgingInputs:
     """Inputs of a linear by which roundings are compared; where there are enough conversations, GPTQ has not seen them."""
 
     rows: Tensor
-    """float32 [tokens, in]."""
+    """float32 [tokens, in]: what it sees where everything before it is quantized."""
+    floats: Tensor
+    """float32 [tokens, in]: what it sees in the float model, or the same again."""
     weights: Tensor
     """float32 [tokens]: how much each counts, as in the Hessian."""
     classes: Tensor
     """int64 [tokens]."""
 
 
-def record_inputs(
-    inputs: CalibrationInputs, layer: DecoderLayer, stage: Sequence[str], *, device: str
-) -> tuple[Tensor, JudgingInputs]:
-    """The weighted sum of x xT [in, in] over the inputs of the linears in `stage`, which share them; and inputs that judge.
+@dataclass(frozen=True)
+class SeenInputs:
+    """What is known of the inputs x of linears whose weights W [out, in] are stacked."""
 
-    inputs: of the half of the layer that the stage belongs to, which is computed up to these linears and no further.
+    hessian: Tensor
+    """The weighted sum of x xT [in, in]."""
+    drift: Tensor | None
+    """The weighted sum of (W f - W x) xT [out, in], where f is the float model's input; None: nobody asked for it."""
+    judging: JudgingInputs
+
+
+def record_inputs(
+    inputs: CalibrationInputs, floats: CalibrationInputs | None, layers: LayerPair, stage: Sequence[str], *, device: str
+) -> tuple[SeenInputs, CalibrationInputs | None]:
+    """What the linears in `stage`, which share their inputs, see; and the float stream, passed on if they end their half.
+
+    inputs: of the half of the layer that the stage belongs to, which is computed up to these linears and no further;
+    floats: the same in the float model; layers: the layer as far as it is quantized, and the float one.
     """
-    recorder = InputRecorder(layer.linears[stage[0]], inputs.token_weights.to(device))
-    listening = DecoderLayer(layer.config, {**layer.linears, stage[0]: recorder}, layer.norms)
-    for index, classes in enumerate(inputs.classes):
-        recorder.expect(classes.to(device), inputs.judging[index].to(device), adds_up=not inputs.holds_out(index))
-        with suppress(Recorded):
-            run_half(inputs, index, listening, device)
-    return recorder.total(), recorder.judging()
+    layer, original = layers
+    recorder = InputRecorder(torch.cat([original.linears[name].weight for name in stage]), inputs.token_weights.to(device))
+    ends_half = floats is not None and stage in ENDS_OF_HALVES
+
+    def record() -> Iterator[Tensor]:
+        for index, classes in enumerate(inputs.classes):
+            rows, _ = tapped(inputs, index, layer, stage[0], device=device)
+            there, hidden = (rows, None) if floats is None else tapped(
+                floats, index, original, stage[0], goes_on=ends_half, device=device
+            )  # fmt: skip
+            recorder.add(rows, there, classes.to(device), judging=inputs.judging[index], adds_up=not inputs.holds_out(index))
+            yield hidden
+
+    if ends_half:
+        floats = floats.following(record())
+    else:
+        for _ in record():
+            pass
+    return recorder.seen(with_drift=floats is not None), floats
+
+
+def tapped(
+    inputs: CalibrationInputs, index: int, layer: DecoderLayer, name: str, *, goes_on: bool = False, device: str
+) -> tuple[Tensor, Tensor | None]:
+    """Inputs [length, in] of one linear in one conversation; and the hidden states after its half of the layer if that goes on."""
+    tap, hidden = Tap(layer.linears[name], goes_on), None
+    with suppress(Reached):
+        hidden = run_half(inputs, index, DecoderLayer(layer.config, {**layer.linears, name: tap}, layer.norms), device)
+    return tap.rows, hidden
 
 
 def pass_on(inputs: CalibrationInputs, layer: DecoderLayer, *, device: str) -> tuple[CalibrationInputs, dict[str, float]]:
@@ -93,56 +132,71 @@ class WatchedLinear:
         return result
 
 
-class Recorded(Exception):
+class Reached(Exception):
     """What a layer was run for has been seen."""
 
 
-class InputRecorder:
-    """Stands for a linear: adds up x xT over its inputs, each token weighted by its class and capped in norm; keeps some."""
+class Tap:
+    """Stands for a linear and keeps its inputs, whereupon the layer goes on or not."""
 
-    def __init__(self, linear: FloatLinear, token_weights: Tensor):
-        in_features = linear.weight.shape[1]
-        self.token_weights = token_weights
-        self.hessian = token_weights.new_zeros(in_features, in_features)
-        self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
-        self.waiting: list[Tensor] = []
-        self.kept: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def expect(self, classes: Tensor, judging: Tensor, *, adds_up: bool) -> None:
-        """Announce the next conversation: its tokens' classes [length], which of them to keep, whether they count."""
-        self.classes, self.positions, self.adds_up = classes, judging, adds_up
+    def __init__(self, linear: Linear, goes_on: bool):
+        self.linear, self.goes_on = linear, goes_on
 
     def __call__(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)  # [length, in]
+        self.rows = x.flatten(0, 1)  # [length, in]
+        if not self.goes_on:
+            raise Reached
+        return self.linear(x)
+
+
+class InputRecorder:
+    """Adds up what `SeenInputs` holds, each token weighted by its class and capped in norm; keeps the inputs that judge.
+
+    Of the drift D = sum of (f - x) xT, what is added up is D or, where that is smaller, W D.
+    """
+
+    def __init__(self, weight: Tensor, token_weights: Tensor):
+        out_features, in_features = weight.shape
+        self.weight, self.token_weights, self.projects = weight, token_weights, 2 * out_features < in_features
+        self.hessian = weight.new_zeros(in_features, in_features)
+        self.drift = weight.new_zeros(out_features if self.projects else in_features, in_features)
+        self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
+        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.kept: list[tuple[Tensor, ...]] = []
+
+    def add(self, rows: Tensor, floats: Tensor, classes: Tensor, *, judging: Tensor, adds_up: bool) -> None:
+        """Take one conversation's inputs [length, in], here and in the float model; `judging`: positions to keep."""
         norms = rows.square().sum(1)
         cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
-        weights = self.token_weights[self.classes] * cap
-        self.kept.append((rows[self.positions], weights[self.positions], self.classes[self.positions]))
-        if self.adds_up:
-            self.waiting.append(rows * weights.sqrt()[:, None])
-        if sum(map(len, self.waiting)) >= ROWS_AT_ONCE:
+        weights = self.token_weights[classes] * cap
+        if len(judging):
+            self.kept.append(tuple(each[judging.to(rows.device)] for each in (rows, floats, weights, classes)))
+        if adds_up:
+            root = weights.sqrt()[:, None]
+            self.waiting.append((rows * root, (floats - rows) * root))
+        if sum(len(each) for each, _ in self.waiting) >= ROWS_AT_ONCE:
             self.add_waiting()
-        raise Recorded
 
     def add_waiting(self) -> None:
-        """Add what waits to the upper triangle, block by block: the lower one is its mirror."""
-        rows, self.waiting = torch.cat(self.waiting), []
+        """Add what waits; of the Hessian the upper triangle, block by block: the lower one is its mirror."""
+        rows, missing = map(torch.cat, zip(*self.waiting, strict=True))
+        self.waiting = []
         for block in self.blocks:
             first, last = int(block[0]), int(block[-1]) + 1
             self.hessian[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
+        if bool(missing.any()):
+            self.drift.addmm_((missing @ self.weight.T if self.projects else missing).T, rows)
 
-    def total(self) -> Tensor:
-        """The whole sum."""
+    def seen(self, *, with_drift: bool) -> SeenInputs:
+        """The whole sums."""
         if self.waiting:
             self.add_waiting()
         for block in self.blocks:
             first, last = int(block[0]), int(block[-1]) + 1
             self.hessian[last:, first:last] = self.hessian[first:last, last:].T
-        return self.hessian
-
-    def judging(self) -> JudgingInputs:
-        """The inputs that were kept."""
-        return JudgingInputs(*map(torch.cat, zip(*self.kept, strict=True)))
+        drift = self.drift if self.projects else self.weight @ self.drift
+        judging = JudgingInputs(*map(torch.cat, zip(*self.kept, strict=True)))
+        return SeenInputs(self.hessian, drift if with_drift else None, judging)
 
 
 def layer_of(tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], config: DecoderConfig) -> DecoderLayer:

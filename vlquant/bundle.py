@@ -47,7 +47,7 @@ class Calibration(Record):
 
 
 class ModuleRecord(Record):
-    """What quantizing did to one linear. Errors are relative, over the calibration inputs."""
+    """What quantizing did to one linear. Errors are of its outputs, relative to the float model's: those before it count."""
 
     name: str
     method: str
@@ -58,6 +58,8 @@ class ModuleRecord(Record):
     """What rounding to the nearest code would have cost."""
     class_errors: dict[str, float | None] = {}
     """The error by class of token: "vision", "prompt" and "answer", those there were. Only GPTQ looks at inputs."""
+    compensation: float | None = None
+    """Share of the earlier layers' error that the weight was changed to make up for, as far as unseen inputs gain by it."""
     damping: float | None
     fallback: bool
     """True if GPTQ failed and the weight was rounded to the nearest code."""

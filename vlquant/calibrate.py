@@ -65,6 +65,8 @@ class CalibrationInputs:
     """The layer whose inputs these are."""
     half: str = ""
     """"-middle": after its attention, before its MLP."""
+    stream: str = "states"
+    """"states" of the model as far as it is quantized; "floats" of the float model, which begin as the same."""
 
     @cached_property
     def token_weights(self) -> Tensor:
@@ -102,14 +104,15 @@ class CalibrationInputs:
 
     def forget_earlier(self) -> None:
         """Remove the inputs of layers that are finished."""
-        for path in self.folder.glob("states-*.f32"):
+        for path in self.folder.glob(f"{self.stream}-*.f32"):
             if path != self.path:
                 path.unlink()
 
     @property
     def path(self) -> Path:
         """The file of these hidden states, one conversation after the other."""
-        return states_path(self.folder, self.layer, self.half)
+        stream = self.stream if self.layer or self.half else "states"
+        return self.folder / f"{stream}-{self.layer:05}{self.half}.f32"
 
 
 def positions_of_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -122,11 +125,6 @@ def positions_of_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> tu
         found = torch.nonzero(may_judge & (torch.cat(tuple(classes)) == each)).flatten()
         chosen[found[:: max(1, -(-len(found) // JUDGES_OF_CLASS))]] = True
     return tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
-
-
-def states_path(folder: Path, layer: int, half: str = "") -> Path:
-    """Where the inputs of a layer, or of its second half, lie."""
-    return folder / f"states-{layer:05}{half}.f32"
 
 
 def write_states(path: Path, states: Iterable[Tensor]) -> None:
@@ -152,7 +150,7 @@ def calibration_inputs(
         return CalibrationInputs(folder, tuple(torch.tensor(each) for each in json.loads(known.read_text())), width)
     classes: list[Tensor] = []
     states = embedded(model, conversations, classes, most_tokens=most_tokens, device=device, report=report)
-    write_states(states_path(folder, 0), states)
+    write_states(CalibrationInputs(folder, (), width).path, states)
     replace_text(known, json.dumps([each.tolist() for each in classes]))
     return CalibrationInputs(folder, tuple(classes), width)
 

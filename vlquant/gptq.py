@@ -155,6 +155,18 @@ def solve(weight: Tensor, column_scales: Tensor, factor: Tensor, *, bits: int) -
     return codes
 
 
-def squared_errors(weight: Tensor, rounded: Tensor, rows: Tensor) -> Tensor:
-    """How far the outputs of `rounded` [out, in] are from those of `weight`, squared, for each of the inputs [tokens, in]."""
-    return (rows @ (weight - rounded).T).square().sum(1)
+def compensation(drift: Tensor, hessian: Tensor, damping: float) -> Tensor | None:
+    """What to add to a weight so that inputs x do for it what the float model's inputs f do: drift @ inverse(hessian + damping).
+
+    drift: the weighted sum of (W f - W x) xT [out, in]. None if that cannot be computed. (Ridge regression; the error
+    propagation of arXiv 2504.09629, and the asymmetric calibration of arXiv 2504.02692 in closed form.)
+    """
+    damped = hessian + torch.diag((damping * hessian.diagonal().mean()).expand(len(hessian)))
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    found = torch.cholesky_solve(drift.T, lower).T
+    return found if not int(failed) and bool(torch.isfinite(found).all()) else None
+
+
+def squared_errors(wanted: Tensor, rounded: Tensor, rows: Tensor) -> Tensor:
+    """How far the outputs of `rounded` [out, in] for inputs [tokens, in] are from those wanted [tokens, out], squared, by token."""
+    return (wanted - rows @ rounded.T).square().sum(1)

@@ -140,12 +140,13 @@ def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
 def told(index: int, layer: QuantizedLayer) -> Iterator[str]:
     """What was done to the linears of a layer, as a table; errors in percent."""
     heads = [name for name in CLASSES if any(name in record.class_errors for record in layer.records)]
-    columns = ["error", *heads, "rounded only", "method", "damping"]
+    columns = ["error", *heads, "rounded only", "method", "compensated", "damping"]
     yield f"{f'layer {index}':<18}" + "".join(f"{column:>14}" for column in columns)
     for record in layer.records:
         errors = [record.error, *(record.class_errors.get(name) for name in heads), record.nearest_error]
         cells = ["not finite" if each is None else f"{100 * each:.2f}" for each in errors]
-        cells += [record.method, "" if record.damping is None else f"{record.damping:g}"]
+        cells += [record.method, "" if record.compensation is None else f"{record.compensation:.2f}"]
+        cells += ["" if record.damping is None else f"{record.damping:g}"]
         yield f"{record.name:<18}" + "".join(f"{cell:>14}" for cell in cells)
     if layer.range:
         yield f"largest activation {layer.range.largest}: {layer.range.where}"

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlquant import bnb, gptq
-from vlquant.activations import JudgingInputs, layer_of, pass_on, record_inputs
+from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, layer_of, pass_on, record_inputs
 from vlquant.bundle import LayerRange, ModuleRecord, StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
@@ -22,11 +22,9 @@ from vlquant.packing import pack_gptq
 from vlquant.recipe import Recipe
 
 Layer = dict[str, Tensor]
+Streams = tuple[CalibrationInputs, CalibrationInputs | None]
+"""Hidden states of the model as far as it is quantized, and of the float model; None: not to be compared with."""
 StageBits = Mapping[tuple[str, ...], int]
-
-AFTER_ATTENTION = LINEARS[3:4]
-"""The stage that ends the first half of a layer."""
-
 
 @dataclass(frozen=True)
 class QuantizedLayer:
@@ -46,15 +44,16 @@ def gptq_layers(
 
     chosen: stages with bits of their own; the others have the recipe's.
     """
-    config = model.config.decoder
+    config, streams = model.config.decoder, (inputs, replace(inputs, stream="floats") if recipe.compensation else None)
     for index in range(inputs.layer, config.layers):
         bits = dict.fromkeys(STAGES, recipe.bits) | {each.linears: each.bits for each in chosen if each.layer == index}
-        tensors = finite_layer(model, index)
-        layer, outputs = quantize_layer(tensors, inputs, config=config, recipe=recipe, bits=bits, device=device)
+        layer, streams = quantize_layer(
+            finite_layer(model, index), streams, config=config, recipe=recipe, bits=bits, device=device
+        )
         yield layer
         # Only now nobody needs this layer's inputs any more: a run that stopped before would begin it anew.
-        inputs = outputs
-        inputs.forget_earlier()
+        for stream in filter(None, streams):
+            stream.forget_earlier()
 
 
 def finite_layer(model: Model, index: int) -> Layer:
@@ -100,35 +99,63 @@ def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, fl
 
 
 def quantize_layer(
-    tensors: Layer, inputs: CalibrationInputs, *, config: DecoderConfig, recipe: Recipe, bits: StageBits, device: str
-) -> tuple[QuantizedLayer, CalibrationInputs]:
+    tensors: Layer, streams: Streams, *, config: DecoderConfig, recipe: Recipe, bits: StageBits, device: str
+) -> tuple[QuantizedLayer, Streams]:
     """Quantize one decoder layer, each stage calibrated on the outputs of the quantized stages before it.
 
-    tensors: by relative name, any float dtype. Returns it with the inputs of the next layer.
+    tensors: by relative name, any float dtype; streams: the layer's inputs. Returns the layer with the inputs of the next one.
     """
-    floats = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    linears = {name: FloatLinear(floats[f"{name}.weight"], stored_bias(floats, name)) for name in LINEARS}
-    layer, stored, records, largest = layer_of(floats, linears, config), {}, [], {}
+    inputs, floats = streams
+    wide = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
+    original = layer_of(wide, {name: FloatLinear(wide[f"{name}.weight"], wide.get(f"{name}.bias")) for name in LINEARS}, config)
+    linears = {name: FloatLinear(wide[f"{name}.weight"], stored_bias(wide, name)) for name in LINEARS}
+    layer, stored, records, largest = layer_of(wide, linears, config), {}, [], {}
     for stage in STAGES:
-        hessian, judging = record_inputs(inputs, layer, stage, device=device)
-        weight = torch.cat([linears[name].weight for name in stage])
-        form = {"bits": bits[stage], "group_size": recipe.group_size}
-        rounding = gptq.quantize_weight(weight, hessian, **form, damping=recipe.damping)
-        for name, part in split_rounding(rounding, {name: linears[name].weight.shape[0] for name in stage}).items():
-            linear = linears[name]
-            part, record = better_rounding(name, linear.weight, part, judging, bits[stage])
+        seen, floats = record_inputs(inputs, floats, (layer, original), stage, device=device)
+        weights = {name: original.linears[name].weight for name in stage}
+        for name, part, record in quantize_stage(weights, seen, recipe=recipe, bits=bits[stage]):
             records.append(record)
-            rounded = gptq.dequantize(part.codes, part.scales, bits=bits[stage])
-            linears[name] = FloatLinear(rounded, linear.bias)
-            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), **form)
+            linears[name] = FloatLinear(gptq.dequantize(part.codes, part.scales, bits=bits[stage]), linears[name].bias)
+            packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=bits[stage], group_size=recipe.group_size)
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
-        layer = layer_of(floats, linears, config)
-        if stage == AFTER_ATTENTION:
-            inputs, largest = pass_on(inputs, layer, device=device)
-    inputs, after = pass_on(inputs, layer, device=device)
+        layer = layer_of(wide, linears, config)
+        if stage in ENDS_OF_HALVES:
+            inputs, found = pass_on(inputs, layer, device=device)
+            largest |= found
     biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
-    return QuantizedLayer(kept | stored | biases, records, range_of(largest | after)), inputs
+    return QuantizedLayer(kept | stored | biases, records, range_of(largest)), (inputs, floats)
+
+
+def quantize_stage(
+    weights: Layer, seen: SeenInputs, *, recipe: Recipe, bits: int
+) -> Iterator[tuple[str, gptq.Rounding, ModuleRecord]]:
+    """Round the weights of linears that share their inputs, as one stack: by name the rounding, and what it cost."""
+    stacked = torch.cat(list(weights.values()))
+    target, share = compensated(stacked, seen, recipe)
+    rounding = gptq.quantize_weight(target, seen.hessian, bits=bits, group_size=recipe.group_size, damping=recipe.damping)
+    rows = [len(weight) for weight in weights.values()]
+    parts = zip(
+        weights.items(), target.split(rows), rounding.codes.split(rows), rounding.scales.split(rows, dim=1), strict=True
+    )
+    for (name, weight), own_target, codes, scales in parts:
+        part, record = better_rounding(
+            name, weight, own_target, gptq.Rounding(codes, scales, rounding.damping), judging=seen.judging, bits=bits
+        )
+        yield name, part, record.model_copy(update={"compensation": share})
+
+
+def compensated(weight: Tensor, seen: SeenInputs, recipe: Recipe) -> tuple[Tensor, float | None]:
+    """A weight [out, in] that makes up for the error of what came before, as far as unseen inputs gain by it; and that share."""
+    whole = None if seen.drift is None else gptq.compensation(seen.drift, seen.hessian, recipe.damping)
+    if whole is None:
+        return weight, None
+    judging = seen.judging
+    missing, given = (judging.floats - judging.rows) @ weight.T, judging.rows @ whole.T
+    # Of missing - share * given the smallest weighted square.
+    wanted, length = ((missing * given).sum(1) @ judging.weights, given.square().sum(1) @ judging.weights)
+    share = min(max(0.0, float(wanted / length)), recipe.compensation) if length > 0 else 0.0
+    return weight + share * whole, rounded_off(share)
 
 
 def range_of(largest: Mapping[str, float]) -> LayerRange:
@@ -143,24 +170,19 @@ def stored_bias(floats: Layer, name: str) -> Tensor | None:
     return None if bias is None else bias.to(torch.float16).float()
 
 
-def split_rounding(rounding: gptq.Rounding, rows: Mapping[str, int]) -> dict[str, gptq.Rounding]:
-    """Cut a rounded stack of weights into those of its linears, given their numbers of rows."""
-    codes, scales = rounding.codes.split(list(rows.values())), rounding.scales.split(list(rows.values()), dim=1)
-    return {name: gptq.Rounding(*parts, rounding.damping) for name, *parts in zip(rows, codes, scales, strict=True)}
-
-
 def better_rounding(
-    name: str, weight: Tensor, part: gptq.Rounding, judging: JudgingInputs, bits: int
+    name: str, weight: Tensor, target: Tensor, part: gptq.Rounding, *, judging: JudgingInputs, bits: int
 ) -> tuple[gptq.Rounding, ModuleRecord]:
     """GPTQ's rounding of a linear, or that to the nearest code with the same scales where the judging inputs suffer less.
 
-    Returns it with what it cost, over all tokens and by class, and what the nearest code costs.
+    target: what was rounded in place of the linear's `weight`. Returns it with what it cost, over all tokens and by
+    class, and what the nearest code costs.
     """
-    group_size = weight.shape[1] // part.scales.shape[0]
-    nearest = gptq.nearest_codes(weight, gptq.expand_scales(part.scales, group_size), bits)
-    rounded = [gptq.dequantize(codes, part.scales, bits=bits) for codes in (part.codes, nearest)]
-    output = judging.rows.matmul(weight.T).square().sum(1)
-    ours, theirs = (gptq.squared_errors(weight, each, judging.rows) for each in rounded)
+    nearest = gptq.nearest_codes(target, gptq.expand_scales(part.scales, weight.shape[1] // part.scales.shape[0]), bits)
+    wanted = judging.floats @ weight.T
+    output = wanted.square().sum(1)
+    rounded = (gptq.dequantize(codes, part.scales, bits=bits) for codes in (part.codes, nearest))
+    ours, theirs = (gptq.squared_errors(wanted, each, judging.rows) for each in rounded)
     error, nearest_error = (relative_error(lost, output, judging.weights) for lost in (ours, theirs))
     worse = nearest_error < error
     lost = theirs if worse else ours
