@@ -1,6 +1,7 @@
 """What other programs computed with our bundles, as tests/record_interop.py recorded it: close enough, and of today's format."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -9,6 +10,7 @@ from vlquant.decoder import LINEARS
 from vlquant.layout import layer_prefix, tensor_shapes
 from vlquant.model import open_model
 from vlquant.quantize import quantize
+from vlquant.quantized_layers import rounded_layers
 from vlquant.recipe import Recipe
 
 from tests.record_interop import FLOAT, RECIPES, RECORDED
@@ -30,11 +32,17 @@ def name_of(case):
 
 @pytest.fixture(scope="module", params=RECIPES)
 def bundle(request, tmp_path_factory):
-    """The demo model as every kind of bundle; on what it is calibrated decides no setting."""
+    """The demo model as every kind of bundle; GPTQ's arithmetic, which decides no setting, left out for its time."""
     recipe = RECIPES[request.param]
-    few = {"samples": 1} if recipe.method == "gptq" else {}
     folder = tmp_path_factory.mktemp("interop") / request.param
-    return quantize(demo_model(), recipe=Recipe(**recipe.to_dict() | few), output=folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vlquant.quantize.gptq_layers", only_rounded)
+        few = {"samples": 1} if recipe.method == "gptq" else {}
+        return quantize(demo_model(), recipe=replace(recipe, **few), output=folder)
+
+
+def only_rounded(model, inputs, *, recipe, device):
+    return rounded_layers(model, Recipe(method="rtn", bits=recipe.bits, group_size=recipe.group_size))
 
 
 def test_every_kind_of_bundle_was_read_by_everyone_who_can():
