@@ -86,7 +86,7 @@ def test_exactly_the_linears_of_the_language_model_are_quantized_for_every_reade
     linears = {layer_prefix(index) + name for index in range(model.config.decoder.layers) for name in LINEARS}
     assert linears < modules
     if RECIPES[bundle.name].packed_as_gptq:
-        names = sum(config["modules_in_block_to_quantize"], [])
+        names = [name for stage in config["modules_in_block_to_quantize"] for name in stage]
         assert {module for module in modules if any(name in module for name in names)} == linears  # vLLM
         assert {module for module in modules if module.startswith(config["block_name_to_quantize"])} == linears  # optimum
         stored = ".qweight"
