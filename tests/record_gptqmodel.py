@@ -10,6 +10,7 @@ import types
 from enum import Enum
 from pathlib import Path
 
+import datasets
 import torch
 import transformers
 from safetensors.torch import save_file
@@ -22,7 +23,7 @@ RECORDED = Path(__file__).parent / "data" / "gptqmodel_dequantized.safetensors"
 
 def import_gptqmodel() -> None:
     """GPTQModel imports torchvision without declaring it; nothing used here needs it."""
-    assert transformers.LlamaForCausalLM  # transformers first: it must see that torchvision is really absent
+    assert transformers.LlamaForCausalLM and datasets  # these first: they must see that torchvision is really absent
     for name in ("torchvision", "torchvision.transforms", "torchvision.transforms.functional"):
         module = types.ModuleType(name)
         module.InterpolationMode = Enum("InterpolationMode", "BICUBIC BILINEAR NEAREST")
