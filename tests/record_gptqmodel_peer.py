@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vlquant.calib_data import demo_model
+from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import CalibrationInputs, calibration_inputs
 from vlquant.decoder import LINEARS
 from vlquant.events import silent
@@ -87,7 +88,8 @@ def main(output: Path) -> None:
             states, llama = Path(scratch) / "states", Path(scratch) / "llama"
             states.mkdir()
             llama.mkdir()
-            inputs = calibration_inputs(model, states, recipe=Recipe(seed=seed), device="cpu", report=silent)
+            scenes = CalibrationScenes(Recipe.samples, seed)
+            inputs = calibration_inputs(model, states, scenes, most_tokens=Recipe.tokens, device="cpu", report=silent)
             conversations = write_llama(llama, model, inputs)
             for bits in BITS:
                 saved = Path(scratch) / f"bits{bits}"

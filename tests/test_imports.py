@@ -15,6 +15,7 @@ FOLDERS = {"vlquant": "vlquant", "export": "vlquant.export", "runtime": "vlquant
 COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_inspection", "vlquant.progress", "vlquant.__main__"}
 VERBS = {
     "vlquant.quantize",
+    "vlquant.rehearsal",
     "vlquant.reload",
     "vlquant.unfinished",
     "vlquant.calibration_sets",

@@ -41,7 +41,7 @@ def bundle(request, tmp_path_factory):
         return quantize(demo_model(), recipe=replace(recipe, **few), output=folder)
 
 
-def only_rounded(model, inputs, *, recipe, device):
+def only_rounded(model, inputs, *, recipe, chosen, device):
     return rounded_layers(model, Recipe(method="rtn", bits=recipe.bits, group_size=recipe.group_size))
 
 

@@ -105,6 +105,9 @@ def quantize_command(
     damping: Annotated[float, typer.Option(help="Share of the Hessian's mean added to its diagonal.")] = Recipe.damping,
     vision_share: Annotated[float, typer.Option(help="Weight of all picture tokens, 0 to 1.")] = Recipe.vision_share,
     answer_share: Annotated[float, typer.Option(help="Weight of all answer tokens; the rest is the prompt's.")] = Recipe.answer_share,
+    compensation: Annotated[float, typer.Option(help="Share of earlier layers' error to make up for, at most.")] = Recipe.compensation,
+    device: DeviceOption = "cpu",
+    vram: Annotated[float | None, typer.Option(metavar="GB", help="Use no more of the GPU's memory than this.")] = None,
     output: Annotated[Path | None, output_option("MODEL-METHOD-BITSbit")] = None,
     overwrite: OverwriteOption = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Say what was done to every linear.")] = False,
@@ -113,14 +116,17 @@ def quantize_command(
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
     recipe = Recipe(
         method=method, bits=bits, average_bits=average_bits, group_size=group_size, damping=damping, calibration=tuple(calib),
-        samples=samples, tokens=tokens, seed=seed, vision_share=vision_share, answer_share=answer_share,
+        samples=samples, tokens=tokens, seed=seed, vision_share=vision_share, answer_share=answer_share, compensation=compensation,
     )  # fmt: skip
     source = model_or_demo(model)
     from vlquant.progress import drawn_progress, json_progress
     from vlquant.quantize import quantize
+    from vlquant.rehearsal import limit_memory
 
+    if vram is not None:
+        limit_memory(device, vram)
     with json_progress() if as_json else drawn_progress(verbose=verbose) as report:
-        bundle = quantize(source, recipe=recipe, output=output, overwrite=overwrite, report=report)
+        bundle = quantize(source, recipe=recipe, output=output, overwrite=overwrite, device=device, report=report)
     typer.echo(bundle)
 
 

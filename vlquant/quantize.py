@@ -34,7 +34,9 @@ from vlquant.publishing import publishing, require_renamable, require_replaceabl
 from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
 from vlquant.reference_answers import with_answers
+from vlquant.rehearsal import rehearse
 from vlquant.reload import reload_elsewhere
+from vlquant.runtime.pipeline import require_device
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 from vlquant.unfinished import UnfinishedRun, resuming
@@ -70,6 +72,7 @@ def quantize(
     folder = resolve_model(model)
     source = open_float_model(folder)
     require_fitting(source.config, recipe)
+    place = require_device(device)
     output = Path(output) if output is not None else Path(default_name(folder, recipe))
     origin = describe_source(folder)
     chosen = choose_conversations(recipe, report) if recipe.method == "gptq" else None
@@ -83,6 +86,8 @@ def quantize(
     require_space(output, 2 * bundle_bytes(source, recipe))
     for remark in remarks(source, output, recipe):
         report(Event("quantize", message=remark))
+    if place.type == "cuda" and recipe.method == "gptq":
+        rehearse(source.config, recipe, device=device)
     settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
     settings["calibration data"] = chosen and chosen.sha256
     with resuming(output, settings, overwrite=overwrite) as run:
