@@ -194,3 +194,36 @@ def test_signed_search_beats_the_largest_value(layer, bits):
     rounded = gptq.dequantize(codes, searched, bits=bits), nearest_with_plain_scales(weight, bits, 64)
     error, plain_error = (gptq.squared_errors(inputs @ weight.T, each, inputs).sum().sqrt() for each in rounded)
     assert error < 0.9 * plain_error
+
+
+def test_compensation_undoes_what_happened_to_the_inputs():
+    """Where inputs were changed linearly, a changed weight gives the old outputs again."""
+    generator = torch.Generator().manual_seed(2)
+    weight, floats = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((8, 32), (500, 32)))
+    rows = floats @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)).double()
+    drift = ((floats - rows) @ weight.T).T @ rows
+    changed = weight + gptq.compensation(drift, rows.T @ rows, 1e-9)
+    torch.testing.assert_close(rows @ changed.T, floats @ weight.T, rtol=1e-5, atol=1e-5)
+    assert gptq.compensation(drift, rows.T @ rows * torch.nan, 0.05) is None
+
+
+@pytest.mark.parametrize(("most", "lost"), [(1.0, "linearly"), (0.25, "linearly"), (1.0, "by chance")])
+def test_a_weight_is_compensated_as_far_as_unseen_inputs_gain(most, lost):
+    from vlquant.activations import JudgingInputs, SeenInputs
+    from vlquant.quantized_layers import compensated
+    from vlquant.recipe import Recipe
+
+    generator = torch.Generator().manual_seed(4)
+    weight, floats = torch.randn(16, 64, generator=generator), torch.randn(160, 64, generator=generator)
+    change = 0.2 * torch.randn(64, 64, generator=generator) / 8
+    rows = floats + (floats @ change if lost == "linearly" else 0.5 * torch.randn(160, 64, generator=generator))
+    seen, unseen = slice(80), slice(80, None)
+    drift = ((floats - rows)[seen] @ weight.T).T @ rows[seen]
+    judging = JudgingInputs(rows[unseen], floats[unseen], torch.ones(80), torch.zeros(80, dtype=torch.long))
+    target, share = compensated(weight, SeenInputs(rows[seen].T @ rows[seen], drift, judging), Recipe(compensation=most))
+    errors = [float((floats[unseen] @ weight.T - rows[unseen] @ each.T).norm()) for each in (weight, target)]
+    assert 0 <= share <= most and errors[1] < errors[0]
+    if lost == "linearly":
+        assert share == most if most < 1 else share > 0.7
+    else:
+        assert share < 0.6  # What cannot be learnt from so few is left alone.

@@ -1,0 +1,139 @@
+"""What calibration sees: every answer of a conversation as an answer, and the sums GPTQ is made from."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from PIL import Image
+
+from vlquant.activations import InputRecorder, layer_of, pass_on, record_inputs, run_half
+from vlquant.calib_data.conversations import Conversation
+from vlquant.calib_data.samples import CalibrationScenes
+from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation, write_states
+from vlquant.decoder import LINEARS, FloatLinear
+from vlquant.hf_layout import STAGES
+from vlquant.model import open_model
+from vlquant.request import Request
+
+from tests.golden_folder import golden_folder
+
+SOURCE = golden_folder() / "internlm2_internvl2_5"
+PICTURES = [Image.new("RGB", (300, 200), color) for color in ("red", "blue")]
+TURNS = [("What is it?", "a red box"), ("Are you sure?", "Yes, 12.50"), ("Read it.", "是")]
+
+
+def answers_of(case, request, answer, most_tokens=4000):
+    """The tokens of class ANSWER, as texts between stop tokens; and how many picture tokens there are."""
+    ids, classes, _ = encode_conversation(Conversation("x", request, answer), case.config, case.tokenizer, most_tokens=most_tokens)
+    text = case.tokenizer.decode(ids[classes == ANSWER].tolist(), skip_special=False)
+    stop = case.config.chat.conversation.stop_token
+    return [part.strip() for part in text.split(stop) if part.strip()], int((classes == PICTURE).sum())
+
+
+def test_answers_of_all_turns_count_as_answers(case):
+    """In the template and with the tokenizer of every golden checkpoint."""
+    (last, final), history = TURNS[-1], TURNS[:-1]
+    found, visual = answers_of(case, Request(last, images=PICTURES[:1], history=history), final)
+    assert found == [answer for _, answer in TURNS]
+    assert visual == case.config.chat.tokens_per_tile * answers_of_tiles(case)
+
+
+def answers_of_tiles(case):
+    from vlquant.request import encode_request
+
+    return len(encode_request(Request("x", images=PICTURES[:1]), case.config, case.tokenizer).tiles)
+
+
+def test_pictures_belong_where_the_conversation_says_or_to_its_first_turn(named_case):
+    case = named_case("internlm2_internvl2_5")
+    history = [("First <image>?", "one"), ("Now <image>", "two")]
+    placed, _ = answers_of(case, Request("Both?", images=PICTURES, history=history), "three")
+    unplaced, _ = answers_of(case, Request("Both?", images=PICTURES, history=[("First?", "one"), ("Now", "two")]), "three")
+    assert placed == unplaced == ["one", "two", "three"]
+
+
+def test_every_question_about_a_scene_is_asked_once():
+    scenes = CalibrationScenes(22)
+    for index in range(22):
+        conversation = scenes[index]
+        texts = [question for question, _ in conversation.request.history] + [conversation.request.question]
+        assert len(set(zip(texts, [*(answer for _, answer in conversation.request.history), conversation.answer]))) == len(texts)
+    assert any(len(scenes[index].request.history) >= 2 for index in range(22))
+
+
+@pytest.fixture
+def streams(tmp_path):
+    """Random hidden states of two conversations, as the quantized model and the float model have them."""
+    model, generator = open_model(SOURCE), torch.Generator().manual_seed(0)
+    classes = (torch.tensor([1, 0, 0, 0, 2, 2]), torch.tensor([1, 1, 2]))
+    inputs = CalibrationInputs(tmp_path, classes, model.config.decoder.hidden_size, layer=1)
+    floats = replace(inputs, stream="floats")
+    states = [torch.randn(1, len(each), inputs.width, generator=generator) for each in classes]
+    write_states(floats.path, states)
+    write_states(inputs.path, [each + 0.1 * torch.randn(each.shape, generator=generator) for each in states])
+    return model, inputs, floats
+
+
+def layer_with(model, change=1.0):
+    """The second layer with all weights multiplied."""
+    tensors = {name: tensor.float() for name, tensor in model.decoder_layer(1).items()}
+    linears = {name: FloatLinear(tensors[f"{name}.weight"] * change, tensors.get(f"{name}.bias")) for name in LINEARS}
+    return layer_of(tensors, linears, model.config.decoder)
+
+
+def test_sums_are_those_of_all_inputs_and_the_float_stream_goes_on(streams):
+    """Stage by stage against inputs collected by running both layers whole."""
+    model, inputs, floats = streams
+    layer, original = layer_with(model, 0.9), layer_with(model)
+    for half in (STAGES[:2], STAGES[2:]):
+        expected_states = torch.cat([run_half(floats, index, original, "cpu")[0] for index in range(2)])
+        for stage in half:
+            seen, after = record_inputs(inputs, floats, (layer, original), stage, device="cpu")
+            x, f = (collected(stream, each, stage[0]) for stream, each in ((inputs, layer), (floats, original)))
+            weights = token_weights(inputs, x)
+            stacked = torch.cat([original.linears[name].weight for name in stage])
+            torch.testing.assert_close(seen.hessian, (x * weights[:, None]).T @ x, rtol=1e-4, atol=1e-6)
+            drift = (((f - x) @ stacked.T) * weights[:, None]).T @ x
+            torch.testing.assert_close(seen.drift, drift, rtol=1e-3, atol=1e-5)
+            assert torch.equal(seen.judging.rows, x) and torch.equal(seen.judging.floats, f)
+        inputs, floats = pass_on(inputs, layer, device="cpu")[0], after
+        assert torch.equal(torch.cat([floats.hidden(index)[0] for index in range(2)]), expected_states)
+    assert floats.layer == inputs.layer == 2 and not floats.half
+
+
+def collected(inputs, layer, name):
+    """All inputs of a linear, from a run of the whole half."""
+    rows = []
+
+    class Listening(FloatLinear):
+        def __call__(self, x):
+            rows.append(x.flatten(0, 1))
+            return super().__call__(x)
+
+    linear = layer.linears[name]
+    listening = type(layer)(layer.config, {**layer.linears, name: Listening(linear.weight, linear.bias)}, layer.norms)
+    for index in range(2):
+        run_half(inputs, index, listening, "cpu")
+    return torch.cat(rows)
+
+
+def token_weights(inputs, rows):
+    """Of every token by its class, less for those that are longer than ten times the median of their conversation."""
+    classes, found = torch.cat(inputs.classes), []
+    for part in rows.split([len(each) for each in inputs.classes]):
+        norms = part.square().sum(1)
+        found.append((10 * norms.median() / norms).clamp(max=1))
+    return inputs.token_weights[classes] * torch.cat(found)
+
+
+@pytest.mark.parametrize("shape", [(8, 64), (64, 16)], ids=["projected", "not projected"])
+def test_both_ways_to_add_up_the_drift_give_the_same(shape):
+    generator = torch.Generator().manual_seed(1)
+    weight, x = torch.randn(shape, generator=generator), torch.randn(50, shape[1], generator=generator)
+    f = x + 0.3 * torch.randn(x.shape, generator=generator)
+    recorder = InputRecorder(weight, torch.full((3,), 1 / 50))
+    recorder.add(x, f, torch.zeros(50, dtype=torch.long), judging=torch.arange(3), adds_up=True)
+    assert recorder.projects == (shape == (8, 64))
+    norms = x.square().sum(1)
+    counted = ((10 * norms.median() / norms).clamp(max=1) / 50)[:, None]
+    torch.testing.assert_close(recorder.seen(with_drift=True).drift, ((f - x) @ weight.T * counted).T @ x, rtol=1e-3, atol=1e-5)
