@@ -41,14 +41,19 @@ Weights = list[dict[str, torch.Tensor]]
 """Of every layer, float32 by linear."""
 
 
-def plain_gptq(weight, hessian, *, bits, group_size, damping):
+def plain_inverse(hessian, damping):
+    """Columns as they come, and the paper's damping."""
+    order = torch.arange(len(hessian))
+    return gptq.Inverse(order, *gptq.inverse_factor(hessian.clone(), 0.01))
+
+
+def plain_gptq(weight, importance, inverse, *, bits, group_size):
     """GPTQ as its paper has it, with the usual symmetric scales: largest value of a group over the highest code."""
-    zero, damping = 2 ** (bits - 1), 0.01
+    zero = 2 ** (bits - 1)
     grouped = weight.reshape(len(weight), -1, group_size)
     scales = gptq.representable(grouped.abs().amax(2) * 2 / (2 * zero - 1)).T.to(torch.float16).contiguous()
-    factor, used = gptq.inverse_factor(hessian, damping)
-    codes = gptq.solve(weight, gptq.expand_scales(scales, group_size), factor, bits=bits)
-    return gptq.Rounding(codes, scales, used)
+    codes = gptq.solve(weight, gptq.expand_scales(scales, group_size), inverse.factor, bits=bits)
+    return gptq.Rounding(codes, scales, inverse.damping)
 
 
 def keep_gptq(name, weight, target, part, *, judging, bits):
@@ -74,6 +79,7 @@ def plain_weights(model: Model, inputs: CalibrationInputs, recipe: Recipe) -> We
     with (
         mock.patch.object(CalibrationInputs, "token_weights", uniform),
         mock.patch.object(activations, "LARGEST_NORM", torch.inf),
+        mock.patch.object(gptq, "invert", plain_inverse),
         mock.patch.object(gptq, "quantize_weight", plain_gptq),
         mock.patch.object(quantized_layers, "better_rounding", keep_gptq),
     ):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlquant.activations import InputRecorder, layer_of, pass_on, record_inputs, run_half
+from vlquant.activations import InputRecorder, layer_of, pass_on, record_inputs, run_half, watched
 from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation, write_states
@@ -84,7 +84,7 @@ def layer_with(model, change=1.0):
 def test_sums_are_those_of_all_inputs_and_the_float_stream_goes_on(streams):
     """Stage by stage against inputs collected by running both layers whole."""
     model, inputs, floats = streams
-    layer, original = layer_with(model, 0.9), layer_with(model)
+    layer, original, largest = layer_with(model, 0.9), layer_with(model), {}
     for half in (STAGES[:2], STAGES[2:]):
         expected_states = torch.cat([run_half(floats, index, original, "cpu")[0] for index in range(2)])
         for stage in half:
@@ -96,7 +96,11 @@ def test_sums_are_those_of_all_inputs_and_the_float_stream_goes_on(streams):
             drift = (((f - x) @ stacked.T) * weights[:, None]).T @ x
             torch.testing.assert_close(seen.drift, drift, rtol=1e-3, atol=1e-5)
             assert torch.equal(seen.judging.rows, x) and torch.equal(seen.judging.floats, f)
-        inputs, floats = pass_on(inputs, layer, device="cpu")[0], after
+        whole = torch.cat([run_half(inputs, index, layer, "cpu")[0] for index in range(2)])
+        last = watched(layer.linears, largest)[half[1][0]]
+        inputs, floats = pass_on(inputs, last, largest, device="cpu"), after
+        torch.testing.assert_close(torch.cat([inputs.hidden(index)[0] for index in range(2)]), whole)
+        assert largest["hidden state"] >= float(whole.abs().max()) * 0.999
         assert torch.equal(torch.cat([floats.hidden(index)[0] for index in range(2)]), expected_states)
     assert floats.layer == inputs.layer == 2 and not floats.half
 
@@ -136,4 +140,27 @@ def test_both_ways_to_add_up_the_drift_give_the_same(shape):
     assert recorder.projects == (shape == (8, 64))
     norms = x.square().sum(1)
     counted = ((10 * norms.median() / norms).clamp(max=1) / 50)[:, None]
-    torch.testing.assert_close(recorder.seen(with_drift=True).drift, ((f - x) @ weight.T * counted).T @ x, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(recorder.seen().drift, ((f - x) @ weight.T * counted).T @ x, rtol=1e-3, atol=1e-5)
+
+
+def test_only_the_first_conversations_are_compared(monkeypatch):
+    """Hessian of all, drift and its own Hessian of those that run through the float model too; judges are among these."""
+    monkeypatch.setattr("vlquant.calibrate.COMPARED_TOKENS", 50)
+    classes = tuple(torch.tensor([0, 0, 1, 2]) for _ in range(40))
+    inputs = CalibrationInputs(None, classes, 8)
+    assert inputs.compared == 16 and len(inputs.in_float_model().classes) == 16
+    assert [index for index in range(40) if len(inputs.judging[index])] == [15]
+    generator = torch.Generator().manual_seed(3)
+    recorder = InputRecorder(torch.randn(4, 8, generator=generator), torch.ones(3))
+    rows = [torch.ones(4, 8) * (1 + index) for index in range(40)]
+    for index, each in enumerate(rows):
+        floats = each + 1 if index < inputs.compared else None
+        recorder.add(each, floats, classes[index], judging=inputs.judging[index], adds_up=not inputs.holds_out(index))
+    seen = recorder.seen()
+    deciding = [index for index in range(40) if not inputs.holds_out(index)]
+    expected, compared = (sum(each.T @ each for each in (rows[index] for index in chosen)) for chosen in (deciding, [index for index in deciding if index < 16]))
+    torch.testing.assert_close(seen.hessian, expected)
+    torch.testing.assert_close(seen.compared, compared)
+    missing = sum((torch.ones(4, 8) @ recorder.weight.T).T @ rows[index] for index in deciding if index < 16)
+    torch.testing.assert_close(seen.drift, missing)
+    assert torch.equal(seen.judging.floats, seen.judging.rows + 1) and len(seen.judging.rows) == 4

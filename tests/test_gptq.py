@@ -16,6 +16,12 @@ def layer():
     return weight, inputs[:3072].T @ inputs[:3072] / 3072, inputs[3072:]
 
 
+def quantized(weight, hessian, *, bits, group_size, damping=0.05):
+    """GPTQ as a layer's linears get it."""
+    inverse = gptq.invert(hessian, damping)
+    return gptq.quantize_weight(weight, hessian.diagonal(), inverse, bits=bits, group_size=group_size)
+
+
 def nearest_with_plain_scales(weight, bits, group_size):
     """Rounding as auto-gptq does it: the scale of a group is its largest absolute value over the highest code."""
     grouped = weight.reshape(weight.shape[0], -1, group_size)
@@ -26,7 +32,7 @@ def nearest_with_plain_scales(weight, bits, group_size):
 @pytest.mark.parametrize(("bits", "group_size"), [(4, 32), (4, 128), (4, -1), (8, 64)])
 def test_error_is_well_below_rounding(layer, bits, group_size):
     weight, hessian, inputs = layer
-    found = gptq.quantize_weight(weight, hessian, bits=bits, group_size=group_size, damping=0.05)
+    found = quantized(weight, hessian, bits=bits, group_size=group_size, damping=0.05)
     rounded = gptq.dequantize(found.codes, found.scales, bits=bits)
     plain = nearest_with_plain_scales(weight, bits, 256 if group_size == -1 else group_size)
     error, plain_error = ((inputs @ (weight - other).T).square().sum().sqrt() for other in (rounded, plain))
@@ -44,7 +50,7 @@ def test_blocked_solver_equals_column_by_column(layer):
     scales = gptq.search_scales(weight, hessian.diagonal(), bits=4, group_size=64)
     wide_weight, wide_hessian = weight.double(), hessian.double()
     column_scales = gptq.expand_scales(scales, 64).double()
-    factor, _ = gptq.inverse_factor(wide_hessian, 0.05)
+    factor, _ = gptq.inverse_factor(wide_hessian.clone(), 0.05)
     inverse = factor.T @ factor
     rest, expected = wide_weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
     for column in range(weight.shape[1]):
@@ -59,7 +65,7 @@ def test_blocked_solver_equals_column_by_column(layer):
 
 def test_inverse_factor_is_the_upper_factor_of_the_inverse(layer):
     hessian = layer[1].double()
-    factor, damping = gptq.inverse_factor(hessian, 0.05)
+    factor, damping = gptq.inverse_factor(hessian.clone(), 0.05)
     damped = hessian + torch.eye(256, dtype=torch.float64) * damping * hessian.diagonal().mean()
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
@@ -84,7 +90,7 @@ def test_silent_column_keeps_its_rounded_value(layer):
     weight, hessian, _ = layer
     hessian = hessian.clone()
     hessian[7], hessian[:, 7] = 0, 0
-    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    found = quantized(weight, hessian, bits=4, group_size=64, damping=0.05)
     nearest = gptq.nearest_codes(weight, gptq.expand_scales(found.scales, 64), 4)
     assert torch.equal(found.codes[:, 7], nearest[:, 7])
     assert found.codes[:, 7].unique().numel() > 4
@@ -94,7 +100,7 @@ def test_zero_and_tiny_groups_keep_finite_scales():
     weight = torch.zeros(32, 64)
     weight[0, 40] = 1e-12
     weight[1, :32] = 1e5
-    found = gptq.quantize_weight(weight, torch.eye(64), bits=4, group_size=32, damping=0.05)
+    found = quantized(weight, torch.eye(64), bits=4, group_size=32, damping=0.05)
     assert torch.isfinite(found.scales).all() and (found.scales != 0).all()
     rounded = gptq.dequantize(found.codes, found.scales, bits=4)
     assert torch.isfinite(rounded).all()
@@ -103,7 +109,7 @@ def test_zero_and_tiny_groups_keep_finite_scales():
 
 def test_damping_doubles_until_positive_definite():
     hessian = torch.tensor([[1.0, 1.15], [1.15, 1.0]])  # eigenvalues 2.15 and -0.15: not a Gram matrix
-    factor, damping = gptq.inverse_factor(hessian, 0.05)
+    factor, damping = gptq.inverse_factor(hessian.clone(), 0.05)
     assert factor is not None and damping == 0.2
 
 
@@ -112,7 +118,7 @@ def test_hopeless_hessian_falls_back_to_the_nearest_code(layer, entry):
     weight, hessian, _ = layer
     hessian = hessian.clone()
     hessian[3, 4] = hessian[4, 3] = entry if entry != 5.0 else 5 * hessian.diagonal().max()
-    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    found = quantized(weight, hessian, bits=4, group_size=64, damping=0.05)
     assert found.damping is None
     assert torch.equal(found.codes, gptq.nearest_codes(weight, gptq.expand_scales(found.scales, 64), 4))
 
@@ -128,7 +134,7 @@ def test_what_unseen_inputs_suffer_less_from_is_taken():
     seen, unseen, few = (torch.randn(count, 128) @ mixing for count in (4096, 4096, 3))
     judging = JudgingInputs(unseen, unseen, torch.ones(4096), torch.arange(4096) % 3)
     for inputs, method in ((seen, "gptq"), (few, "rounding")):
-        rounding = gptq.quantize_weight(weight, inputs.T @ inputs, bits=4, group_size=32, damping=0.01)
+        rounding = quantized(weight, inputs.T @ inputs, bits=4, group_size=32, damping=0.01)
         chosen, record = better_rounding("x", weight, weight, rounding, judging=judging, bits=4)
         assert record.method == method
         assert torch.equal(chosen.codes, rounding.codes) == (method == "gptq") and record.error <= record.nearest_error
@@ -173,7 +179,7 @@ def two_classes():
 def class_errors(weight, seen, unseen, shares):
     """Errors for unseen vision and text inputs after GPTQ with these weights of a vision and a text token."""
     hessian = sum(share * rows.T @ rows for share, rows in zip(shares, seen, strict=True))
-    found = gptq.quantize_weight(weight, hessian, bits=4, group_size=64, damping=0.05)
+    found = quantized(weight, hessian, bits=4, group_size=64, damping=0.05)
     rounded = gptq.dequantize(found.codes, found.scales, bits=4)
     return [float((gptq.squared_errors(rows @ weight.T, rounded, rows).sum() / (rows @ weight.T).square().sum()).sqrt()) for rows in unseen]
 
@@ -202,16 +208,14 @@ def test_compensation_undoes_what_happened_to_the_inputs():
     weight, floats = (torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((8, 32), (500, 32)))
     rows = floats @ (torch.eye(32) + 0.1 * torch.randn(32, 32, generator=generator)).double()
     drift = ((floats - rows) @ weight.T).T @ rows
-    changed = weight + gptq.compensation(drift, rows.T @ rows, 1e-9)
+    changed = weight + gptq.compensation(drift, gptq.invert(rows.T @ rows, 1e-9))
     torch.testing.assert_close(rows @ changed.T, floats @ weight.T, rtol=1e-5, atol=1e-5)
-    assert gptq.compensation(drift, rows.T @ rows * torch.nan, 0.05) is None
 
 
 @pytest.mark.parametrize(("most", "lost"), [(1.0, "linearly"), (0.25, "linearly"), (1.0, "by chance")])
 def test_a_weight_is_compensated_as_far_as_unseen_inputs_gain(most, lost):
     from vlquant.activations import JudgingInputs, SeenInputs
     from vlquant.quantized_layers import compensated
-    from vlquant.recipe import Recipe
 
     generator = torch.Generator().manual_seed(4)
     weight, floats = torch.randn(16, 64, generator=generator), torch.randn(160, 64, generator=generator)
@@ -220,7 +224,8 @@ def test_a_weight_is_compensated_as_far_as_unseen_inputs_gain(most, lost):
     seen, unseen = slice(80), slice(80, None)
     drift = ((floats - rows)[seen] @ weight.T).T @ rows[seen]
     judging = JudgingInputs(rows[unseen], floats[unseen], torch.ones(80), torch.zeros(80, dtype=torch.long))
-    target, share = compensated(weight, SeenInputs(rows[seen].T @ rows[seen], drift, judging), Recipe(compensation=most))
+    hessian = rows[seen].T @ rows[seen]
+    target, share = compensated(weight, SeenInputs(hessian, drift, hessian, judging), gptq.invert(hessian, 0.05), most=most)
     errors = [float((floats[unseen] @ weight.T - rows[unseen] @ each.T).norm()) for each in (weight, target)]
     assert 0 <= share <= most and errors[1] < errors[0]
     if lost == "linearly":

@@ -171,7 +171,8 @@ def test_bundle_is_not_quantized_again(bundles, tmp_path):
 def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
     def not_finite(*inputs, **where):
         seen, floats = record(*inputs, **where)
-        return dataclasses.replace(seen, hessian=seen.hessian * torch.nan), floats
+        broken = seen.hessian * torch.nan
+        return dataclasses.replace(seen, hessian=broken, compared=broken), floats
 
     events, record = [], quantizing.record_inputs
     monkeypatch.setattr(quantizing, "record_inputs", not_finite)

@@ -1,7 +1,7 @@
 """What the linears of a layer see while calibration conversations run through it: Hessians, inputs that judge, largest values."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
@@ -40,7 +40,9 @@ class SeenInputs:
     hessian: Tensor
     """The weighted sum of x xT [in, in]."""
     drift: Tensor | None
-    """The weighted sum of (W f - W x) xT [out, in], where f is the float model's input; None: nobody asked for it."""
+    """The weighted sum of (W f - W x) xT [out, in] over compared inputs, f being the float model's; None: there are none."""
+    compared: Tensor
+    """The weighted sum of x xT over the compared inputs only; where all are, the Hessian itself."""
     judging: JudgingInputs
 
 
@@ -54,23 +56,28 @@ def record_inputs(
     """
     layer, original = layers
     recorder = InputRecorder(torch.cat([original.linears[name].weight for name in stage]), inputs.token_weights.to(device))
-    ends_half = floats is not None and stage in ENDS_OF_HALVES
+    ends_half = stage in ENDS_OF_HALVES
 
     def record() -> Iterator[Tensor]:
-        for index, classes in enumerate(inputs.classes):
-            rows, _ = tapped(inputs, index, layer, stage[0], device=device)
-            there, hidden = (rows, None) if floats is None else tapped(
-                floats, index, original, stage[0], goes_on=ends_half, device=device
-            )  # fmt: skip
-            recorder.add(rows, there, classes.to(device), judging=inputs.judging[index], adds_up=not inputs.holds_out(index))
-            yield hidden
+        with open(inputs.taps, "wb") if ends_half else nullcontext() as taps:
+            for index, classes in enumerate(inputs.classes):
+                rows, _ = tapped(inputs, index, layer, stage[0], device=device)
+                there, hidden = None, None
+                if floats is not None and index < len(floats.classes):
+                    there, hidden = tapped(floats, index, original, stage[0], goes_on=ends_half, device=device)
+                adds_up = not inputs.holds_out(index)
+                recorder.add(rows, there, classes.to(device), judging=inputs.judging[index], adds_up=adds_up)
+                if taps:
+                    taps.write(rows.cpu().contiguous().numpy().data)
+                if hidden is not None:
+                    yield hidden
 
-    if ends_half:
+    if ends_half and floats is not None:
         floats = floats.following(record())
     else:
         for _ in record():
             pass
-    return recorder.seen(with_drift=floats is not None), floats
+    return recorder.seen(), floats
 
 
 def tapped(
@@ -83,25 +90,38 @@ def tapped(
     return tap.rows, hidden
 
 
-def pass_on(inputs: CalibrationInputs, layer: DecoderLayer, *, device: str) -> tuple[CalibrationInputs, dict[str, float]]:
-    """Run all conversations through the half of a layer that `inputs` belong to.
+class WatchedLinear:
+    """A linear that notes the largest absolute values of its inputs and outputs."""
 
-    Returns the inputs of the other half, or of the next layer, and the largest absolute values by what had them.
+    def __init__(self, name: str, linear: Linear, largest: dict[str, float]):
+        self.name, self.linear, self.largest = name, linear, largest
+
+    def __call__(self, x: Tensor) -> Tensor:
+        result = self.linear(x)
+        note_largest(self.largest, f"{self.name} input", x)
+        note_largest(self.largest, f"{self.name} output", result)
+        return result
+
+
+def pass_on(
+    inputs: CalibrationInputs, last: WatchedLinear, largest: dict[str, float], *, device: str
+) -> CalibrationInputs:
+    """The inputs of the other half of the layer, or of the next layer, given the `last` linear of this half.
+
+    What that linear sees was written down when its inputs were recorded. The largest hidden state goes to `largest`.
     """
-    largest: dict[str, float] = {}
-    watched = {name: WatchedLinear(name, linear, largest) for name, linear in layer.linears.items()}
-    following = inputs.following(hidden_states(inputs, DecoderLayer(layer.config, watched, layer.norms), largest, device))
-    return following, largest
 
+    width = last.linear.weight.shape[1]
 
-def hidden_states(
-    inputs: CalibrationInputs, layer: DecoderLayer, largest: dict[str, float], device: str
-) -> Iterator[Tensor]:
-    """What half a layer makes of every conversation; its largest value goes to `largest`."""
-    for index in range(len(inputs.classes)):
-        hidden = run_half(inputs, index, layer, device)
-        note_largest(largest, "hidden state", hidden)
-        yield hidden
+    def states() -> Iterator[Tensor]:
+        for index in range(len(inputs.classes)):
+            hidden = inputs.hidden(index).to(device) + last(inputs.tapped(index, width).to(device))
+            note_largest(largest, "hidden state", hidden)
+            yield hidden
+
+    following = inputs.following(states())
+    inputs.taps.unlink()
+    return following
 
 
 def run_half(inputs: CalibrationInputs, index: int, layer: DecoderLayer, device: str) -> Tensor:
@@ -119,17 +139,9 @@ def note_largest(largest: dict[str, float], name: str, values: Tensor) -> None:
     largest[name] = value if not value <= known else known
 
 
-class WatchedLinear:
-    """A linear that notes the largest absolute values of its inputs and outputs."""
-
-    def __init__(self, name: str, linear: Linear, largest: dict[str, float]):
-        self.name, self.linear, self.largest = name, linear, largest
-
-    def __call__(self, x: Tensor) -> Tensor:
-        result = self.linear(x)
-        note_largest(self.largest, f"{self.name} input", x)
-        note_largest(self.largest, f"{self.name} output", result)
-        return result
+def watched(linears: Mapping[str, Linear], largest: dict[str, float]) -> dict[str, WatchedLinear]:
+    """The same linears, whose largest values go to `largest`."""
+    return {name: WatchedLinear(name, linear, largest) for name, linear in linears.items()}
 
 
 class Reached(Exception):
@@ -159,44 +171,59 @@ class InputRecorder:
         out_features, in_features = weight.shape
         self.weight, self.token_weights, self.projects = weight, token_weights, 2 * out_features < in_features
         self.hessian = weight.new_zeros(in_features, in_features)
-        self.drift = weight.new_zeros(out_features if self.projects else in_features, in_features)
+        self.drift: Tensor | None = None
+        self.compared: Tensor | None = None
         self.blocks = torch.arange(in_features).split(max(512, in_features // 8))
-        self.waiting: list[tuple[Tensor, Tensor]] = []
+        self.waiting: list[Tensor] = []
+        self.missing: list[Tensor] = []
         self.kept: list[tuple[Tensor, ...]] = []
 
-    def add(self, rows: Tensor, floats: Tensor, classes: Tensor, *, judging: Tensor, adds_up: bool) -> None:
-        """Take one conversation's inputs [length, in], here and in the float model; `judging`: positions to keep."""
+    def add(self, rows: Tensor, floats: Tensor | None, classes: Tensor, *, judging: Tensor, adds_up: bool) -> None:
+        """Take one conversation's inputs [length, in], here and, if known, in the float model; `judging`: positions to keep."""
         norms = rows.square().sum(1)
         cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
         weights = self.token_weights[classes] * cap
         if len(judging):
-            self.kept.append(tuple(each[judging.to(rows.device)] for each in (rows, floats, weights, classes)))
+            known = rows, rows if floats is None else floats, weights, classes
+            self.kept.append(tuple(each[judging.to(rows.device)] for each in known))
+        if floats is None and self.drift_known and self.compared is None:
+            self.add_waiting()
+            self.compared = self.hessian.clone()
         if adds_up:
             root = weights.sqrt()[:, None]
-            self.waiting.append((rows * root, (floats - rows) * root))
-        if sum(len(each) for each, _ in self.waiting) >= ROWS_AT_ONCE:
+            self.waiting.append(rows * root)
+            self.missing += [] if floats is None else [(floats - rows) * root]
+        if sum(map(len, self.waiting)) >= ROWS_AT_ONCE:
             self.add_waiting()
+
+    @property
+    def drift_known(self) -> bool:
+        """Whether inputs of the float model have been seen."""
+        return self.drift is not None or bool(self.missing)
 
     def add_waiting(self) -> None:
         """Add what waits; of the Hessian the upper triangle, block by block: the lower one is its mirror."""
-        rows, missing = map(torch.cat, zip(*self.waiting, strict=True))
-        self.waiting = []
+        if not self.waiting:
+            return
+        rows, self.waiting = torch.cat(self.waiting), []
         for block in self.blocks:
             first, last = int(block[0]), int(block[-1]) + 1
             self.hessian[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
-        if bool(missing.any()):
-            self.drift.addmm_((missing @ self.weight.T if self.projects else missing).T, rows)
+        if self.missing:
+            missing, self.missing = torch.cat(self.missing), []
+            update = (missing @ self.weight.T if self.projects else missing).T @ rows
+            self.drift = update if self.drift is None else self.drift.add_(update)
 
-    def seen(self, *, with_drift: bool) -> SeenInputs:
+    def seen(self) -> SeenInputs:
         """The whole sums."""
-        if self.waiting:
-            self.add_waiting()
-        for block in self.blocks:
-            first, last = int(block[0]), int(block[-1]) + 1
-            self.hessian[last:, first:last] = self.hessian[first:last, last:].T
-        drift = self.drift if self.projects else self.weight @ self.drift
+        self.add_waiting()
+        for each in filter(lambda found: found is not None, (self.hessian, self.compared)):
+            for block in self.blocks:
+                first, last = int(block[0]), int(block[-1]) + 1
+                each[last:, first:last] = each[first:last, last:].T
+        drift = self.drift if self.projects or self.drift is None else self.weight @ self.drift
         judging = JudgingInputs(*map(torch.cat, zip(*self.kept, strict=True)))
-        return SeenInputs(self.hessian, drift if with_drift else None, judging)
+        return SeenInputs(self.hessian, drift, self.hessian if self.compared is None else self.compared, judging)
 
 
 def layer_of(tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], config: DecoderConfig) -> DecoderLayer:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from vlquant import gptq
-from vlquant.activations import hidden_states, layer_of, run_half
+from vlquant.activations import layer_of, run_half
 from vlquant.bundle import StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs, write_states
 from vlquant.decoder import LINEARS, DecoderLayer, FloatLinear
@@ -89,7 +89,7 @@ def measure_layer(
     linears = {name: FloatLinear(floats[f"{name}.weight"], floats.get(f"{name}.bias")) for name in LINEARS}
     layer = layer_of(floats, linears, model.config.decoder)
     for half in (STAGES[:2], STAGES[2:]):
-        after = inputs.following(hidden_states(inputs, layer, {}, device))
+        after = inputs.following(run_half(inputs, each, layer, device) for each in range(len(inputs.classes)))
         for stage in half:
             noise = {bits: stage_noise(inputs, after, layer, stage, bits, recipe.group_size) for bits in (NARROW, WIDE)}
             weights = sum(linears[name].weight.numel() for name in stage)

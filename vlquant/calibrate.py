@@ -38,6 +38,8 @@ CLASSES = ("vision", "prompt", "answer")
 TILES_AT_ONCE = 8
 JUDGES_OF_CLASS = 1024
 """Most tokens of a class by which roundings are compared."""
+COMPARED_TOKENS = 12_288
+"""So many tokens, from the first conversations, also run through the float model; more of them are hardly of use."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
@@ -77,8 +79,20 @@ class CalibrationInputs:
     @cached_property
     def judging(self) -> tuple[Tensor, ...]:
         """Positions int64 [tokens] in every conversation whose inputs judge roundings: so many of each class, evenly spread."""
-        judges = [self.holds_out(index) or len(self.classes) < HOLD_OUT_EVERY for index in range(len(self.classes))]
+        all_judge = len(self.classes) < HOLD_OUT_EVERY
+        judges = [index < self.compared and (self.holds_out(index) or all_judge) for index in range(len(self.classes))]
         return positions_of_judges(self.classes, judges)
+
+    @cached_property
+    def compared(self) -> int:
+        """How many conversations, the first ones, also run through the float model: judges among them as among all."""
+        lengths = torch.tensor([len(each) for each in self.classes]).cumsum(0)
+        enough = int((lengths < COMPARED_TOKENS).sum()) + 1
+        return min(len(self.classes), -(-enough // HOLD_OUT_EVERY) * HOLD_OUT_EVERY)
+
+    def in_float_model(self) -> "CalibrationInputs":
+        """The compared conversations in the float model."""
+        return replace(self, stream="floats", classes=self.classes[: self.compared])
 
     @property
     def tokens(self) -> int:
@@ -90,11 +104,16 @@ class CalibrationInputs:
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
-        start = sum(map(len, self.classes[:index]))
-        values = numpy.fromfile(
-            self.path, dtype=numpy.float32, count=len(self.classes[index]) * self.width, offset=start * self.width * 4
-        )
-        return torch.from_numpy(values).reshape(1, -1, self.width)
+        return self._read(self.path, index, self.width)[None]
+
+    def tapped(self, index: int, width: int) -> Tensor:
+        """What the last linear of this half sees in one conversation, float32 [length, width], as it was written down."""
+        return self._read(self.taps, index, width)
+
+    def _read(self, path: Path, index: int, width: int) -> Tensor:
+        start, length = sum(map(len, self.classes[:index])), len(self.classes[index])
+        values = numpy.fromfile(path, dtype=numpy.float32, count=length * width, offset=start * width * 4)
+        return torch.from_numpy(values).reshape(length, width)
 
     def following(self, states: Iterable[Tensor]) -> "CalibrationInputs":
         """Write what half a layer makes of each conversation [1, length, width], in order: the other half's inputs, or the next layer's."""
@@ -107,6 +126,11 @@ class CalibrationInputs:
         for path in self.folder.glob(f"{self.stream}-*.f32"):
             if path != self.path:
                 path.unlink()
+
+    @property
+    def taps(self) -> Path:
+        """The file of what the last linear of this half sees, as long as it is of use."""
+        return self.folder / "taps.f32"
 
     @property
     def path(self) -> Path:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-SHRINKAGES = torch.linspace(1.05, 0.45, 25).tolist()
-"""Factors on the full-range scale that the search tries, with either sign."""
+SHRINKAGES = torch.linspace(1.05, 0.45, 13).tolist()
+"""Factors on the full-range scale that the search tries, with either sign; then those halfway to the best one's neighbours."""
 SMALLEST_SCALE, LARGEST_SCALE = 2.0**-24, 65504.0
 """What float16 can hold."""
 BLOCK = 128
@@ -31,22 +31,40 @@ class Rounding:
     """Damping that made the Hessian invertible; None: none did, and the weight was rounded to the nearest."""
 
 
-def quantize_weight(weight: Tensor, hessian: Tensor, *, bits: int, group_size: int, damping: float) -> Rounding:
+@dataclass(frozen=True)
+class Inverse:
+    """An inverted Hessian, its columns in order of falling activity."""
+
+    order: Tensor
+    """int64 [in]."""
+    factor: Tensor
+    """The upper U with U.T @ U = inverse(hessian[order][:, order] + damping)."""
+    damping: float
+
+
+def invert(hessian: Tensor, damping: float) -> Inverse | None:
+    """Invert a Hessian; None if no damping up to 0.5 makes it positive definite."""
+    order = hessian.diagonal().argsort(descending=True, stable=True)
+    factor, used = inverse_factor(hessian[order][:, order], damping)
+    return None if factor is None else Inverse(order, factor, used)
+
+
+def quantize_weight(
+    weight: Tensor, importance: Tensor, inverse: Inverse | None, *, bits: int, group_size: int
+) -> Rounding:
     """Round `weight` with GPTQ: searched static scales, columns in order of falling activity.
 
-    Falls back to rounding to the nearest code if no damping up to 0.5 makes the Hessian positive definite.
+    importance: the Hessian's diagonal [in]. Without an inverse, rounds to the nearest code.
     """
     group_size = weight.shape[1] if group_size == -1 else group_size
-    importance = torch.nan_to_num(hessian.diagonal(), nan=0.0, posinf=0.0)
+    importance = torch.nan_to_num(importance, nan=0.0, posinf=0.0)
     scales = search_scales(weight, importance, bits=bits, group_size=group_size)
     column_scales = expand_scales(scales, group_size)
-    order = importance.argsort(descending=True, stable=True)
-    factor, used = inverse_factor(hessian[order][:, order], damping)
-    if factor is None:
+    if inverse is None:
         return Rounding(nearest_codes(weight, column_scales, bits), scales, None)
-    codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
-    codes[:, order] = solve(weight[:, order], column_scales[:, order], factor, bits=bits)
-    return Rounding(codes, scales, used)
+    codes, order = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device), inverse.order
+    codes[:, order] = solve(weight[:, order], column_scales[:, order], inverse.factor, bits=bits)
+    return Rounding(codes, scales, inverse.damping)
 
 
 def round_weight(weight: Tensor, *, bits: int, group_size: int) -> Rounding:
@@ -77,17 +95,24 @@ def _search_rows(weight: Tensor, importance: Tensor, zero: int) -> Tensor:
     """Best scales float16 [rows, groups] of `weight` [rows, groups, group_size]."""
     largest = weight.gather(2, weight.abs().argmax(dim=2, keepdim=True))  # [rows, groups, 1], signed
     full_range = largest / -zero
-    best_scale = representable(full_range)
-    best_error = torch.full_like(full_range, torch.inf)
+    best_shrinkage, best_error = torch.ones_like(full_range), torch.full_like(full_range, torch.inf)
+
+    def attempt(shrinkage: Tensor | float) -> None:
+        nonlocal best_shrinkage, best_error
+        scale = representable(full_range * shrinkage)
+        rounded = (weight / scale).round_().clamp_(-zero, zero - 1).mul_(scale)
+        error = rounded.sub_(weight).square_().mul_(importance).sum(dim=2, keepdim=True)
+        better = error < best_error
+        best_error = torch.where(better, error, best_error)
+        best_shrinkage = torch.where(better, shrinkage, best_shrinkage)
+
     for shrinkage in SHRINKAGES:
         for sign in (1.0, -1.0):
-            scale = representable(full_range * (sign * shrinkage))
-            rounded = (weight / scale).round_().clamp_(-zero, zero - 1).mul_(scale)
-            error = rounded.sub_(weight).square_().mul_(importance).sum(dim=2, keepdim=True)
-            better = error < best_error
-            best_error = torch.where(better, error, best_error)
-            best_scale = torch.where(better, scale, best_scale)
-    return best_scale.squeeze(2).to(torch.float16)
+            attempt(sign * shrinkage)
+    coarse, half_step = best_shrinkage, (SHRINKAGES[0] - SHRINKAGES[1]) / 2
+    for step in (half_step, -half_step):
+        attempt(coarse + step)
+    return representable(full_range * best_shrinkage).squeeze(2).to(torch.float16)
 
 
 def representable(scale: Tensor) -> Tensor:
@@ -117,20 +142,23 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, floa
     """The upper U with U.T @ U = inverse(hessian + damping), and the damping used; (None, None) if there is none.
 
     A column that was never active is left to itself. The damping doubles until the Hessian is positive definite.
+    `hessian` is overwritten: of a wide layer nobody wants one copy more.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(hessian).all()) or not bool((diagonal > 0).any()):
         return None, None
-    silent = (diagonal == 0).to(hessian.dtype)
-    identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+    mean, added = diagonal.mean(), 0.0
+    diagonal.add_((diagonal == 0).to(hessian.dtype))
     while damping <= MOST_DAMPING:
-        damped = hessian + torch.diag(silent + damping * diagonal.mean())
+        diagonal.add_((damping - added) * mean)
         # The Cholesky factor of the flipped matrix, flipped back, is upper with damped = R @ R.T: its inverse is U.
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-        if not int(failed) and bool(torch.isfinite(factor).all()):
-            return factor, damping
-        damping *= 2
+        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
+        if not int(failed):
+            identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damping
+        added, damping = damping, 2 * damping
     return None, None
 
 
@@ -155,16 +183,15 @@ def solve(weight: Tensor, column_scales: Tensor, factor: Tensor, *, bits: int) -
     return codes
 
 
-def compensation(drift: Tensor, hessian: Tensor, damping: float) -> Tensor | None:
+def compensation(drift: Tensor, inverse: Inverse) -> Tensor:
     """What to add to a weight so that inputs x do for it what the float model's inputs f do: drift @ inverse(hessian + damping).
 
-    drift: the weighted sum of (W f - W x) xT [out, in]. None if that cannot be computed. (Ridge regression; the error
-    propagation of arXiv 2504.09629, and the asymmetric calibration of arXiv 2504.02692 in closed form.)
+    drift: the weighted sum of (W f - W x) xT [out, in]. (Ridge regression; the error propagation of arXiv 2504.09629, and
+    the asymmetric calibration of arXiv 2504.02692 in closed form.)
     """
-    damped = hessian + torch.diag((damping * hessian.diagonal().mean()).expand(len(hessian)))
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    found = torch.cholesky_solve(drift.T, lower).T
-    return found if not int(failed) and bool(torch.isfinite(found).all()) else None
+    change = torch.empty_like(drift)
+    change[:, inverse.order] = drift[:, inverse.order] @ inverse.factor.T @ inverse.factor
+    return change
 
 
 def squared_errors(wanted: Tensor, rounded: Tensor, rows: Tensor) -> Tensor:

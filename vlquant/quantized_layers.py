@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vlquant import bnb, gptq
-from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, layer_of, pass_on, record_inputs
+from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, layer_of, pass_on, record_inputs, watched
 from vlquant.bundle import LayerRange, ModuleRecord, StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
@@ -44,7 +44,7 @@ def gptq_layers(
 
     chosen: stages with bits of their own; the others have the recipe's.
     """
-    config, streams = model.config.decoder, (inputs, replace(inputs, stream="floats") if recipe.compensation else None)
+    config, streams = model.config.decoder, (inputs, inputs.in_float_model() if recipe.compensation else None)
     for index in range(inputs.layer, config.layers):
         bits = dict.fromkeys(STAGES, recipe.bits) | {each.linears: each.bits for each in chosen if each.layer == index}
         layer, streams = quantize_layer(
@@ -109,8 +109,9 @@ def quantize_layer(
     wide = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
     original = layer_of(wide, {name: FloatLinear(wide[f"{name}.weight"], wide.get(f"{name}.bias")) for name in LINEARS}, config)
     linears = {name: FloatLinear(wide[f"{name}.weight"], stored_bias(wide, name)) for name in LINEARS}
-    layer, stored, records, largest = layer_of(wide, linears, config), {}, [], {}
+    stored, records, largest = {}, [], {}
     for stage in STAGES:
+        layer = layer_of(wide, watched(linears, largest), config)
         seen, floats = record_inputs(inputs, floats, (layer, original), stage, device=device)
         weights = {name: original.linears[name].weight for name in stage}
         for name, part, record in quantize_stage(weights, seen, recipe=recipe, bits=bits[stage]):
@@ -118,10 +119,8 @@ def quantize_layer(
             linears[name] = FloatLinear(gptq.dequantize(part.codes, part.scales, bits=bits[stage]), linears[name].bias)
             packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=bits[stage], group_size=recipe.group_size)
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
-        layer = layer_of(wide, linears, config)
         if stage in ENDS_OF_HALVES:
-            inputs, found = pass_on(inputs, layer, device=device)
-            largest |= found
+            inputs = pass_on(inputs, watched(linears, largest)[stage[0]], largest, device=device)
     biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
     return QuantizedLayer(kept | stored | biases, records, range_of(largest)), (inputs, floats)
@@ -132,8 +131,10 @@ def quantize_stage(
 ) -> Iterator[tuple[str, gptq.Rounding, ModuleRecord]]:
     """Round the weights of linears that share their inputs, as one stack: by name the rounding, and what it cost."""
     stacked = torch.cat(list(weights.values()))
-    target, share = compensated(stacked, seen, recipe)
-    rounding = gptq.quantize_weight(target, seen.hessian, bits=bits, group_size=recipe.group_size, damping=recipe.damping)
+    compared = None if seen.drift is None else gptq.invert(seen.compared, recipe.damping)
+    target, share = (stacked, None) if compared is None else compensated(stacked, seen, compared, most=recipe.compensation)
+    inverse = compared if compared and seen.compared is seen.hessian else gptq.invert(seen.hessian, recipe.damping)
+    rounding = gptq.quantize_weight(target, seen.hessian.diagonal(), inverse, bits=bits, group_size=recipe.group_size)
     rows = [len(weight) for weight in weights.values()]
     parts = zip(
         weights.items(), target.split(rows), rounding.codes.split(rows), rounding.scales.split(rows, dim=1), strict=True
@@ -145,16 +146,16 @@ def quantize_stage(
         yield name, part, record.model_copy(update={"compensation": share})
 
 
-def compensated(weight: Tensor, seen: SeenInputs, recipe: Recipe) -> tuple[Tensor, float | None]:
-    """A weight [out, in] that makes up for the error of what came before, as far as unseen inputs gain by it; and that share."""
-    whole = None if seen.drift is None else gptq.compensation(seen.drift, seen.hessian, recipe.damping)
-    if whole is None:
-        return weight, None
-    judging = seen.judging
+def compensated(weight: Tensor, seen: SeenInputs, inverse: gptq.Inverse, *, most: float) -> tuple[Tensor, float]:
+    """A weight [out, in] that makes up for the error of what came before, as far as unseen inputs gain by it; and that share.
+
+    inverse: of the compared inputs' Hessian; most: the largest share.
+    """
+    whole, judging = gptq.compensation(seen.drift, inverse), seen.judging
     missing, given = (judging.floats - judging.rows) @ weight.T, judging.rows @ whole.T
     # Of missing - share * given the smallest weighted square.
     wanted, length = ((missing * given).sum(1) @ judging.weights, given.square().sum(1) @ judging.weights)
-    share = min(max(0.0, float(wanted / length)), recipe.compensation) if length > 0 else 0.0
+    share = min(max(0.0, float(wanted / length)), most) if length > 0 else 0.0
     return weight + share * whole, rounded_off(share)
 
 
