@@ -9,12 +9,23 @@ from PIL import Image
 
 from vlquant.calib_data import drawing
 from vlquant.calib_data.conversations import Conversation
+from vlquant.calib_data.descriptions import description
+from vlquant.calib_data.dialogue import Turn, dialogue
 from vlquant.calib_data.drawing import Picture
 from vlquant.calib_data.scenes import SCENES, TRAINING_SCENES, Question
+from vlquant.calib_data.screens import screen
 from vlquant.request import Request
 
 KINDS = tuple(SCENES)
 SPLITS = ("train", "calibration", "development", "check")
+CALIBRATION_TURNS = (
+    "document", "dialogue_en", "receipt", "screen", "chart", "dialogue_zh", "text", "count",
+    "dialogue_en", "yes_no", "screen", "choice", "dialogue_zh", "locate", "several", "video", "text_only",
+)  # fmt: skip
+"""Kinds of conversations, in turn: all of KINDS in their order, and others in between.
+
+So many that all take their turn at being held out as well, which every sixteenth conversation is.
+"""
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def sample_request(sample: Sample, question: Question) -> Request:
 
 @dataclass(frozen=True)
 class CalibrationScenes:
-    """Scenes of the calibration split, each with all its questions, one after the other: answers are what pictures are rich in."""
+    """Scenes of the calibration split and drawn screens, each with all its questions, and dialogue without pictures between them."""
 
     count: int
     seed: int = 0
@@ -84,8 +95,25 @@ class CalibrationScenes:
         return self.count
 
     def __getitem__(self, index: int) -> Conversation:
-        sample = draw_sample("calibration", index, seed=self.seed)
-        first = index % len(sample.questions)
-        *earlier, last = sample.questions[first:] + sample.questions[:first]
-        request = replace(sample_request(sample, last), history=[(each.text, each.answer) for each in earlier])
-        return Conversation(sample.key, request, last.answer)
+        rounds, turn = divmod(index, len(CALIBRATION_TURNS))
+        kind = CALIBRATION_TURNS[turn]
+        own = [place for place, each in enumerate(CALIBRATION_TURNS) if each == kind]
+        number = rounds * len(own) + own.index(turn)
+        key = f"calibration/{self.seed}/{number}/{kind}"
+        if kind.startswith("dialogue"):
+            return conversation(key, Request(""), dialogue(kind.removeprefix("dialogue_"), number, seed=self.seed))
+        if kind == "screen":
+            scene = screen(random.Random(key))
+            sample = Sample(key, kind, scene.pictures, scene.video, scene.questions)
+        else:
+            sample = draw_sample("calibration", rounds * len(KINDS) + KINDS.index(kind), seed=self.seed)
+        questions = sample.questions + description(kind, sample.questions)
+        first = index % len(questions)
+        turns = [(each.text, each.answer) for each in questions[first:] + questions[:first]]
+        return conversation(sample.key, sample_request(sample, questions[0]), turns)
+
+
+def conversation(key: str, about: Request, turns: Sequence[Turn]) -> Conversation:
+    """Questions and answers one after the other about the pictures of a request."""
+    *earlier, (question, answer) = turns
+    return Conversation(key, replace(about, question=question, history=earlier), answer)
