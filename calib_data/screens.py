@@ -173,7 +173,7 @@ def settings(chance: random.Random, page: Picture) -> Part:
 def message(chance: random.Random, page: Picture) -> Part:
     """A box in the middle that asks for a decision."""
     question, reason, meaning = chance.choice(MESSAGES)
-    color = chance.choice(("red", "blue", "purple", "green"))
+    color = chance.choice(("red", "purple", "green"))
     outline(page, (ADVANCE, 4 * LINE, page.size[0] - ADVANCE, 10 * LINE))
     drawing.draw_text(page, question, x=3 * ADVANCE, y=5.5 * LINE, color=color)
     drawing.draw_text(page, reason, x=3 * ADVANCE, y=8 * LINE)
