@@ -16,6 +16,7 @@ COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_inspection", 
 VERBS = {
     "vlquant.quantize",
     "vlquant.rehearsal",
+    "vlquant.feasibility",
     "vlquant.reload",
     "vlquant.unfinished",
     "vlquant.calibration_sets",

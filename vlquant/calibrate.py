@@ -4,6 +4,7 @@ Knows no quantized format.
 """
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -39,10 +40,12 @@ TILES_AT_ONCE = 8
 JUDGES_OF_CLASS = 1024
 """Most tokens of a class by which roundings are compared."""
 COMPARED_TOKENS = 12_288
-"""So many tokens, from the first conversations, also run through the float model; more of them are hardly of use."""
+"""So many deciding tokens, those of the first conversations, also run through the float model, and all judging ones."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
+FEWEST_TO_HOLD_OUT = 4
+"""Of fewer conversations none can be spared: all of them decide and judge."""
 TEXT_TOKENS = 128
 """Room left at least for question, answer and system message."""
 TEMPLATE_TOKENS = 64
@@ -68,7 +71,7 @@ class CalibrationInputs:
     half: str = ""
     """"-middle": after its attention, before its MLP."""
     stream: str = "states"
-    """"states" of the model as far as it is quantized; "floats" of the float model, which begin as the same."""
+    """"states" of the model as far as it is quantized; "floats" of the float model."""
 
     @cached_property
     def token_weights(self) -> Tensor:
@@ -77,30 +80,39 @@ class CalibrationInputs:
         return torch.tensor(self.shares) / counts
 
     @cached_property
-    def judging(self) -> tuple[Tensor, ...]:
-        """Positions int64 [tokens] in every conversation whose inputs judge roundings: so many of each class, evenly spread."""
-        all_judge = len(self.classes) < HOLD_OUT_EVERY
-        judges = [index < self.compared and (self.holds_out(index) or all_judge) for index in range(len(self.classes))]
-        return positions_of_judges(self.classes, judges)
+    def held_out(self) -> frozenset[int]:
+        """Conversations that only judge what the others decide: one drawn from every sixteen, so that no set escapes by its turn."""
+        if len(self.classes) < FEWEST_TO_HOLD_OUT:
+            return frozenset()
+        blocks = range(0, max(1, len(self.classes) - HOLD_OUT_EVERY + 1), HOLD_OUT_EVERY)
+        sizes = [min(HOLD_OUT_EVERY, len(self.classes) - start) for start in blocks]
+        return frozenset(start + random.Random(start).randrange(size) for start, size in zip(blocks, sizes, strict=True))
 
     @cached_property
-    def compared(self) -> int:
-        """How many conversations, the first ones, also run through the float model: judges among them as among all."""
-        lengths = torch.tensor([len(each) for each in self.classes]).cumsum(0)
-        enough = int((lengths < COMPARED_TOKENS).sum()) + 1
-        return min(len(self.classes), -(-enough // HOLD_OUT_EVERY) * HOLD_OUT_EVERY)
+    def judging(self) -> "Judges":
+        """The tokens whose inputs judge roundings."""
+        return choose_judges(self.classes, [not self.held_out or index in self.held_out for index in range(len(self.classes))])
+
+    @cached_property
+    def compared(self) -> tuple[int, ...]:
+        """Conversations that also run through the float model: those that judge, and the first that decide."""
+        chosen, tokens = set(self.held_out), 0
+        for index, classes in enumerate(self.classes):
+            if index not in self.held_out and tokens < COMPARED_TOKENS:
+                chosen.add(index)
+                tokens += len(classes)
+        return tuple(sorted(chosen))
 
     def in_float_model(self) -> "CalibrationInputs":
-        """The compared conversations in the float model."""
-        return replace(self, stream="floats", classes=self.classes[: self.compared])
+        """The compared conversations in the float model; before the first layer they are the same."""
+        floats = replace(self, stream="floats", classes=tuple(self.classes[index] for index in self.compared))
+        if self.layer == 0:
+            write_states(floats.path, (self.hidden(index) for index in self.compared))
+        return floats
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.classes))
-
-    def holds_out(self, index: int) -> bool:
-        """Whether a conversation only judges what the others decide; of few, all do both."""
-        return len(self.classes) >= HOLD_OUT_EVERY and index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
@@ -135,20 +147,32 @@ class CalibrationInputs:
     @property
     def path(self) -> Path:
         """The file of these hidden states, one conversation after the other."""
-        stream = self.stream if self.layer or self.half else "states"
-        return self.folder / f"{stream}-{self.layer:05}{self.half}.f32"
+        return self.folder / f"{self.stream}-{self.layer:05}{self.half}.f32"
 
 
-def positions_of_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> tuple[Tensor, ...]:
-    """In every conversation that judges, positions evenly spread over all of them, at most JUDGES_OF_CLASS of each class."""
+@dataclass(frozen=True)
+class Judges:
+    """Tokens that judge for all of their class."""
+
+    positions: tuple[Tensor, ...]
+    """int64 [tokens] in every conversation."""
+    stands_for: Tensor
+    """How many tokens one of each class stands for."""
+
+
+def choose_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> Judges:
+    """At most JUDGES_OF_CLASS tokens of each class, evenly spread over the conversations that judge."""
     conversation = torch.cat([torch.full_like(each, index) for index, each in enumerate(classes)])
     position = torch.cat([torch.arange(len(each)) for each in classes])
-    may_judge = torch.tensor(judges)[conversation]
-    chosen = torch.zeros(len(position), dtype=torch.bool)
+    may_judge, together = torch.tensor(judges)[conversation], torch.cat(tuple(classes))
+    chosen, stands_for = torch.zeros(len(position), dtype=torch.bool), torch.ones(len(CLASSES))
     for each in range(len(CLASSES)):
-        found = torch.nonzero(may_judge & (torch.cat(tuple(classes)) == each)).flatten()
-        chosen[found[:: max(1, -(-len(found) // JUDGES_OF_CLASS))]] = True
-    return tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
+        found = torch.nonzero(may_judge & (together == each)).flatten()
+        step = max(1, -(-len(found) // JUDGES_OF_CLASS))
+        chosen[found[::step]] = True
+        stands_for[each] = len(found) / max(1, len(found[::step]))
+    positions = tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
+    return Judges(positions, stands_for)
 
 
 def write_states(path: Path, states: Iterable[Tensor]) -> None:
