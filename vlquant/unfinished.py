@@ -165,4 +165,6 @@ def way_out(run: UnfinishedRun) -> str:
     """What to do about a full disk."""
     if run.layers:
         return f"make room and repeat the command, which goes on after layer {run.layers}"
+    if run.worth_keeping:
+        return "make room and repeat the command, which goes on with the calibration data it has"
     return "make room or choose another disk with -o"
