@@ -22,7 +22,7 @@ from vlquant.bundle import (
     write_manifest,
 )
 from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
-from vlquant.calibration_sets import ChosenConversations, choose_conversations
+from vlquant.calibration_sets import ChosenConversations, choose_conversations, require_encodable
 from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
@@ -79,7 +79,7 @@ def quantize(
     if is_done(output, recipe, origin, chosen):
         report(Event("quantize", message=f"{output} is already this model with this recipe"))
         return output
-    load_tokenizer(folder)  # Whether there is one; it is needed last.
+    require_encodable(chosen, source.config, load_tokenizer(folder), recipe, report)  # RTN needs a tokenizer too, though last.
     require_replaceable(output, overwrite=overwrite)
     require_renamable(output)
     # Finished layers lie beside the bundle until it is whole.
