@@ -126,7 +126,8 @@ def require_encodable(
             lost += not reaches_answer(request, config, tokenizer, **most)
         report(Event("calibration texts", index + 1, len(chosen)))
     if lost:
-        message = f"{lost} of {len(chosen)} conversations are too long for their answer to be seen; give more --tokens than {recipe.tokens}"
+        message = f"{lost} of {len(chosen)} conversations are too long for their answer to be seen"
+        message += f"; give more --tokens than {recipe.tokens}"
         report(Event("calibration texts", message=message))
 
 
