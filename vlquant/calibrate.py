@@ -17,6 +17,7 @@ from torch import Tensor
 from vlquant.calib_data.conversations import Conversation, ConversationSet, named
 from vlquant.config import ModelConfig
 from vlquant.events import Event, Report
+from vlquant.fitting import fitting_request, kept_tokens
 from vlquant.model import Model
 from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.publishing import flush_entry, replace_text
@@ -27,8 +28,6 @@ from vlquant.request import (
     encode_answer,
     encode_prompt,
     encode_request,
-    place_images,
-    require_text,
 )
 from vlquant.tokenizer import Tokenizer, load_tokenizer
 from vlquant.vision import vision_features
@@ -46,12 +45,6 @@ HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
 FEWEST_TO_HOLD_OUT = 4
 """Of fewer conversations none can be spared: all of them decide and judge."""
-TEXT_TOKENS = 128
-"""Room left at least for question, answer and system message."""
-TEMPLATE_TOKENS = 64
-"""What system message and roles take of it, about."""
-LONGEST_ANSWER = 256
-"""Tokens of an answer that is still to be written."""
 
 
 @dataclass(frozen=True)
@@ -238,37 +231,25 @@ def encode_conversation(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A conversation with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side].
 
-    most_tokens: pictures are cut into fewer tiles, and frames left out, to stay below; at least one tile remains of each,
-    and what comes after the last of them is cut off where it becomes too long.
+    most_tokens: pictures are cut into fewer tiles, and frames and the earliest turns left out, to stay below; at least one
+    tile remains of each picture, and what comes after the last of them is cut off where it becomes too long.
     """
     with named(conversation.key):
-        require_text(conversation.answer)
-        request = placed(fitting_request(conversation, config, tokenizer, most_tokens=most_tokens), config)
+        request = fitting_request(conversation, config, tokenizer, most_tokens=most_tokens)
         encoded = encode_request(request, config, tokenizer)
         answer = encode_answer(conversation.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
+    if conversation.cut:
+        answer = answer[:-1]  # The model was not done: it would learn to stop in the middle.
     ids = torch.tensor(encoded.ids + answer)
     in_prompt = torch.arange(len(ids)) < len(encoded.ids)
     classes = torch.where(in_prompt, PROMPT, ANSWER)
     for places in earlier_answers(request, encoded, config, tokenizer):
         classes[places] = ANSWER
-    end = 0
-    if encoded.tiles:  # Without, the token is a text like any other.
-        in_picture = in_prompt & (ids == tokenizer.token_id(config.chat.image_token))
-        classes[in_picture] = PICTURE
-        end = int(in_picture.nonzero().max()) + 1
-    length = max(most_tokens, end + TEXT_TOKENS)
+    pictures = bool(encoded.tiles)
+    if pictures:
+        classes[in_prompt & (ids == tokenizer.token_id(config.chat.image_token))] = PICTURE
+    length = kept_tokens(encoded.ids, config, tokenizer, pictures=pictures, most_tokens=most_tokens)
     return ids[:length], classes[:length], encoded.pixel_values()
-
-
-def placed(request: Request, config: ModelConfig) -> Request:
-    """The same conversation with its pictures in the first turn if it does not say where they are."""
-    history = list(request.history or ())
-    if not history or any(IMAGE_PLACEHOLDER in text for text in (request.question, *(question for question, _ in history))):
-        return request
-    (question, answer), *rest = history
-    frames, numbered = len(request.video or ()), config.chat.conversation.numbers_pictures
-    opening = place_images(replace(request, question=question, history=None), len(request.images), frames, numbered=numbered)
-    return replace(request, history=[(opening, answer), *rest])
 
 
 def earlier_answers(
@@ -284,17 +265,3 @@ def earlier_answers(
         # Not so where a template writes history in another way than it has the model answer.
         if encoded.ids[: len(ids) + len(own)] == [*ids, *own]:
             yield slice(len(ids), len(ids) + len(own))
-
-
-def fitting_request(conversation: Conversation, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int) -> Request:
-    """What is asked, with as many tiles as `most_tokens` leave room for."""
-    request, chat = conversation.request, config.chat
-    texts = [*(text for turn in request.history or () for text in turn), request.question, conversation.answer or ""]
-    text_tokens = sum(len(tokenizer.encode(text)) for text in texts) + LONGEST_ANSWER * (conversation.answer is None)
-    room = most_tokens - max(TEXT_TOKENS, text_tokens + TEMPLATE_TOKENS)
-    tiles = max(1, room // chat.tokens_per_tile)
-    if request.video is not None:
-        return replace(request, video=list(request.video)[:: -(-len(request.video) // tiles)])
-    each = max(1, tiles // max(1, len(request.images)))
-    # The thumbnail comes on top of more than one.
-    return replace(request, max_tiles=min(chat.max_tiles, each if each == 1 or not chat.use_thumbnail else each - 1))

@@ -22,7 +22,7 @@ from vlquant.bundle import (
     write_manifest,
 )
 from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
-from vlquant.calibration_sets import ChosenConversations, choose_conversations
+from vlquant.calibration_sets import ChosenConversations, choose_conversations, require_encodable
 from vlquant.config import ModelConfig
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
@@ -87,7 +87,7 @@ def quantize(
         report(Event("quantize", message=f"{output} is already this model with this recipe"))
         forget_finished(output)
         return output
-    load_tokenizer(folder)  # Whether there is one; it is needed last.
+    require_encodable(chosen, source.config, load_tokenizer(folder), recipe, report)  # RTN needs a tokenizer too, though last.
     require_writable(output, source, recipe, overwrite=overwrite)
     for remark in remarks(source, output, recipe):
         report(Event("quantize", message=remark))
