@@ -26,6 +26,10 @@ class Conversation:
     request: Request
     answer: str | None
     """None: nobody has written one."""
+    generated: bool = False
+    """Whether it came without the answer, and a model has written that since."""
+    cut: bool = False
+    """Whether that model was interrupted: its answer has no end."""
 
 
 class ConversationSet(Protocol):

@@ -1,6 +1,7 @@
 """Conversations in InternVL's fine-tuning format: one JSON object per line, or a meta file naming such files. Knows no model."""
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,7 +36,7 @@ class FinetuningSet:
     """The conversations of a JSONL file, or of all that a meta file names; each line is read when it is asked for."""
 
     def __init__(self, path: Path):
-        annotations = meta_annotations(path) if path.suffix == ".json" else [(path, path.parent)]
+        annotations = meta_annotations(path) if path.suffix.lower() == ".json" else [(path, path.parent)]
         self.lines = [line for annotation, root in annotations for line in lines_of(annotation, root)]
         if not self.lines:
             raise InvalidRequest(f"{path} holds no conversations; give lines of {FORM}")
@@ -75,7 +76,7 @@ def meta_annotations(path: Path) -> list[tuple[Path, Path]]:
 def beside(path: Path, name: str) -> Path:
     """What a meta file means by a relative name: something in its own folder, or else, as in training, in the current one."""
     beside_it, here = path.parent / name, Path(name)
-    return here if here.exists() and not beside_it.exists() else beside_it
+    return here if os.path.exists(here) and not os.path.exists(beside_it) else beside_it
 
 
 def lines_of(path: Path, root: Path) -> Iterator[Line]:
@@ -92,8 +93,9 @@ def opened(path: Path) -> BinaryIO:
     """A JSONL file to read from; raises InvalidRequest if there is none."""
     try:
         return open(path, "rb")
-    except OSError as error:
-        raise InvalidRequest(f"{path} cannot be read ({error.strerror}); give a JSONL file, lines of {FORM}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have.
+        reason = getattr(error, "strerror", None) or error
+        raise InvalidRequest(f"{path} cannot be read ({reason}); give a JSONL file, lines of {FORM}") from error
 
 
 def read_row(row: object, root: Path) -> tuple[Request, str | None]:
@@ -110,6 +112,8 @@ def read_row(row: object, root: Path) -> tuple[Request, str | None]:
     if video:
         turns = turns[:1]  # Frames go in front of the question that opens the conversation, as many as there is room for.
         turns = [(question.replace(f"{VIDEO_PLACEHOLDER}\n", "").replace(VIDEO_PLACEHOLDER, ""), answer) for question, answer in turns]
+    if pictures or video:
+        require_spoken_about(system, turns)
     turns = place_pictures(turns, len(pictures))
     *history, (question, answer) = turns
     request = Request(
@@ -136,6 +140,17 @@ def read_turns(messages: list) -> tuple[str | None, list[tuple[str, str | None]]
         raise InvalidRequest(f"its conversations are empty; write it as {FORM}")
     texts = [message["value"] for message in spoken] + [None] * (len(spoken) % 2)
     return messages[0]["value"] if has_system else None, list(zip(texts[::2], texts[1::2], strict=True))
+
+
+def require_spoken_about(system: str | None, turns: list[tuple[str, str | None]]) -> None:
+    """Raise InvalidRequest if a placeholder stands where nobody asks: there it would take a picture from its question."""
+    elsewhere = {"the system message": system or "", "an earlier answer": "".join(answer for _, answer in turns[:-1])}
+    for where, text in elsewhere.items():
+        if IMAGE_PLACEHOLDER in text:
+            raise InvalidRequest(
+                f"{where} holds {IMAGE_PLACEHOLDER}, which would take a picture from the question about it; "
+                "leave it to the questions"
+            )
 
 
 def place_pictures(turns: list[tuple[str, str | None]], pictures: int) -> list[tuple[str, str | None]]:

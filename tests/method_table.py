@@ -44,7 +44,7 @@ Weights = list[dict[str, torch.Tensor]]
 def plain_inverse(hessian, damping):
     """Columns as they come, and the paper's damping."""
     order = torch.arange(len(hessian))
-    return gptq.Inverse(order, *gptq.inverse_factor(hessian.clone(), 0.01))
+    return gptq.Inverse(order, *gptq.inverse_factor(hessian, order, 0.01))
 
 
 def plain_gptq(weight, importance, inverse, *, bits, group_size):

@@ -31,7 +31,7 @@ from vlquant.calib_data import demo_model
 from vlquant.calib_data.samples import draw_sample, sample_request
 from vlquant.decoder import LINEARS
 from vlquant.family import LANGUAGE_MODEL
-from vlquant.hf_layout import write_json, write_settings
+from vlquant.hf_layout import quantization_config, write_json, write_settings
 from vlquant.layout import tensor_shapes
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -77,7 +77,8 @@ def write_float(source: Path, folder: Path) -> Path:
     model, tokenizer = open_model(source), load_tokenizer(source)
     folder.mkdir()
     write_fast_tokenizer(source, folder)
-    write_settings(folder, model.config, tokenizer, recipe=Recipe(), dtype="bfloat16")
+    settings = quantization_config(Recipe(), "bfloat16")
+    write_settings(folder, model.config, tokenizer, quantization=settings, dtype="bfloat16")
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
     write_json(folder / "config.json", config)

@@ -110,7 +110,14 @@ def test_a_meta_file_names_several_files(jsonl, tmp_path):
     write_jsonl(tmp_path / "sets" / "more.jsonl", {"image": "0.png", "conversations": spoken(CLOCK, "None.")})
     meta = {"a": {"root": "pictures", "annotation": "sets/more.jsonl"}, "b": {"root": "", "annotation": "train.jsonl"}}
     (tmp_path / "meta.json").write_text(json.dumps(meta))
-    assert len(chosen(str(tmp_path / "meta.json"))) == 6
+    (tmp_path / "M.JSON").write_text(json.dumps(meta))
+    assert len(chosen(str(tmp_path / "meta.json"))) == len(chosen(str(tmp_path / "M.JSON"))) == 6
+
+
+def test_a_set_counts_once(jsonl, tmp_path):
+    for sets in (("builtin", "builtin"), (jsonl, f"{tmp_path}/./train.jsonl")):
+        with pytest.raises(InvalidRequest, match="named twice; name each set once"):
+            chosen(*sets)
 
 
 def test_a_video_asks_about_its_frames(tmp_path, monkeypatch):
@@ -177,6 +184,12 @@ BAD_FILES = {
     "out of turn": ("a.jsonl", json.dumps({"conversations": [*TALK, TALK[1]]}), "entry 3 .* out of turn"),
     "nobody spoke": ("a.jsonl", json.dumps({"conversations": []}), "conversations are empty"),
     "no text": ("a.jsonl", json.dumps({"conversations": [{"from": "human"}]}), "entry 1"),
+    "answer's picture": (
+        "a.jsonl",
+        json.dumps({"image": "a.png", "conversations": spoken("<image>\nWhich?", "This <image>.", "Why?", DOG)}),
+        "line 1: an earlier answer holds <image>",
+    ),
+    "long name": ("a.json", json.dumps({"x": {"annotation": "n" * 300}}), "cannot be read"),
     "network": ("a.jsonl", json.dumps({"image": "http://a/b.png", "conversations": TALK}), "not fetched from the network"),
     "empty": ("a.jsonl", "\n\n", "holds no conversations"),
     "a list": ("a.json", "[]", "names no annotation files"),
@@ -205,6 +218,8 @@ def test_bad_files_are_refused_in_one_sentence(name, text, words, tmp_path):
 def test_no_such_set_and_no_pictures(tmp_path):
     with pytest.raises(InvalidRequest, match="no such set, file or folder; use builtin"):
         chosen(str(tmp_path / "nowhere"))
+    with pytest.raises(InvalidRequest, match="no such set, file or folder; use builtin"):
+        chosen("n" * 300)
     with pytest.raises(InvalidRequest, match="holds no pictures"):
         chosen(str(tmp_path))
 

@@ -50,7 +50,7 @@ def test_blocked_solver_equals_column_by_column(layer):
     scales = gptq.search_scales(weight, hessian.diagonal(), bits=4, group_size=64)
     wide_weight, wide_hessian = weight.double(), hessian.double()
     column_scales = gptq.expand_scales(scales, 64).double()
-    factor, _ = gptq.inverse_factor(wide_hessian.clone(), 0.05)
+    factor, _ = gptq.inverse_factor(wide_hessian, torch.arange(256), 0.05)
     inverse = factor.T @ factor
     rest, expected = wide_weight.clone(), torch.empty(weight.shape, dtype=torch.uint8)
     for column in range(weight.shape[1]):
@@ -65,7 +65,7 @@ def test_blocked_solver_equals_column_by_column(layer):
 
 def test_inverse_factor_is_the_upper_factor_of_the_inverse(layer):
     hessian = layer[1].double()
-    factor, damping = gptq.inverse_factor(hessian.clone(), 0.05)
+    factor, damping = gptq.inverse_factor(hessian, torch.arange(len(hessian)), 0.05)
     damped = hessian + torch.eye(256, dtype=torch.float64) * damping * hessian.diagonal().mean()
     assert torch.equal(factor, factor.triu())
     torch.testing.assert_close(factor.T @ factor, torch.linalg.inv(damped), rtol=1e-9, atol=1e-9)
@@ -109,7 +109,7 @@ def test_zero_and_tiny_groups_keep_finite_scales():
 
 def test_damping_doubles_until_positive_definite():
     hessian = torch.tensor([[1.0, 1.15], [1.15, 1.0]])  # eigenvalues 2.15 and -0.15: not a Gram matrix
-    factor, damping = gptq.inverse_factor(hessian.clone(), 0.05)
+    factor, damping = gptq.inverse_factor(hessian, torch.arange(len(hessian)), 0.05)
     assert factor is not None and damping == 0.2
 
 
@@ -148,22 +148,26 @@ def test_one_conversation_of_sixteen_is_held_out(tmp_path):
     from vlquant.calibrate import CalibrationInputs
 
     classes = torch.tensor([0, 0, 0, 0, 1, 2, 2])
-    few, many = (CalibrationInputs(tmp_path, (classes,) * count, 4, (0.45, 0.15, 0.4)) for count in (15, 33))
-    assert [index for index in range(15) if few.holds_out(index)] == []
-    assert [index for index in range(33) if many.holds_out(index)] == [15, 31]
-    assert [index for index in range(33) if len(many.judging[index])] == [15, 31]
-    assert all(torch.equal(each, torch.arange(7)) for each in few.judging)
+    inputs = {count: CalibrationInputs(tmp_path, (classes,) * count, 4) for count in (3, 15, 33, 160)}
+    assert [len(inputs[count].held_out) for count in inputs] == [0, 1, 2, 10]
+    assert [index // 16 for index in sorted(inputs[160].held_out)] == list(range(10))
+    # Sets take turns: of two, neither must be the one that judges.
+    assert {index % 2 for index in inputs[160].held_out} == {0, 1}
+    assert {index for index in range(33) if len(inputs[33].judging.positions[index])} == inputs[33].held_out
+    assert all(torch.equal(each, torch.arange(7)) for each in inputs[3].judging.positions)
 
 
-def test_judging_tokens_are_spread_over_all_conversations_and_few_of_each_class():
-    from vlquant.calibrate import JUDGES_OF_CLASS, positions_of_judges
+def test_judging_tokens_stand_for_all_of_their_class():
+    from vlquant.calibrate import JUDGES_OF_CLASS, choose_judges
 
     classes = [torch.tensor([0] * 700 + [1] * 5 + [2] * 3)] * 10
-    chosen = positions_of_judges(classes, [index % 2 == 0 for index in range(10)])
+    judges = choose_judges(classes, [index % 2 == 0 for index in range(10)])
+    chosen = judges.positions
     assert [len(each) > 0 for each in chosen] == [True, False] * 5
     counts = torch.stack([classes[0][each].bincount(minlength=3) for each in chosen[::2]])
     assert 0.5 * JUDGES_OF_CLASS < counts[:, 0].sum() <= JUDGES_OF_CLASS and counts[:, 0].max() - counts[:, 0].min() <= 1
     assert (counts[:, 1:] == torch.tensor([5, 3])).all()
+    torch.testing.assert_close(judges.stands_for * counts.sum(0), torch.tensor([3500.0, 25.0, 15.0]))
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_inspection", 
 VERBS = {
     "vlquant.quantize",
     "vlquant.rehearsal",
+    "vlquant.feasibility",
     "vlquant.reload",
     "vlquant.unfinished",
     "vlquant.calibration_sets",
@@ -31,7 +32,14 @@ VERBS = {
     "vlquant.tiles",
     "vlquant.trace",
 }
-QUANTIZERS = {"vlquant.gptq", "vlquant.activations", "vlquant.bit_choice", "vlquant.calibrate", "vlquant.quantized_layers"}
+QUANTIZERS = {
+    "vlquant.gptq",
+    "vlquant.activations",
+    "vlquant.bit_choice",
+    "vlquant.calibrate",
+    "vlquant.fitting",
+    "vlquant.quantized_layers",
+}
 
 DISTRIBUTIONS = {"PIL": "pillow"}
 """Modules whose distribution has another name."""

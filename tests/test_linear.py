@@ -106,9 +106,9 @@ def test_what_others_write_is_read(bits, version):
     generator = torch.Generator().manual_seed(8)
     codes = torch.randint(0, 2**bits, (64, 128), dtype=torch.uint8, generator=generator)
     scales = torch.randn(4, 64, generator=generator).mul(0.01).half()
-    zeros = torch.randint(1, 2**bits, (4, 64), generator=generator)
+    zeros = torch.randint(0, 2**bits, (4, 64), generator=generator)
     group = (torch.arange(128) // 32)[torch.randperm(128, generator=generator)]
-    stored = (zeros - 1 if version == 1 else zeros).to(torch.uint8)
+    stored = ((zeros - 1) % 2**bits if version == 1 else zeros).to(torch.uint8)
     tensors = pack_gptq(codes, scales, bits=bits, group_size=32)
     tensors |= {"g_idx": group.to(torch.int32), "qzeros": _pack_rows(stored.T, bits).T.contiguous()}
     weight = torch.stack([scales[g].float() * (codes[:, column] - zeros[g]) for column, g in enumerate(group)], dim=1)

@@ -14,7 +14,7 @@ from vlquant.bundle import changed_files, read_manifest
 from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import ANSWER, PICTURE, calibration_inputs
 from vlquant.decoder import LINEARS
-from vlquant.errors import BrokenCheckpoint, InvalidRecipe, OutputRefused
+from vlquant.errors import BrokenCheckpoint, InvalidRecipe, InvalidRequest, OutputRefused
 from vlquant.events import silent
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -166,6 +166,22 @@ def test_recipe_that_does_not_fit_is_refused_before_reading(source, recipe, word
 def test_bundle_is_not_quantized_again(bundles, tmp_path):
     with pytest.raises(InvalidRecipe, match="already quantized"):
         quantize(bundles(INTERNLM2, "bnb-8"), recipe=RECIPES["bnb-8"], output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("label", ["bnb-4", "gptq-4"])
+def test_what_others_quantized_is_no_source(bundles, tmp_path, label):
+    """Without our manifest a bundle is just somebody's quantized checkpoint."""
+    foreign = shutil.copytree(bundles(INTERNLM2, label), tmp_path / "foreign", ignore=shutil.ignore_patterns("vlquant.json"))
+    with pytest.raises(InvalidRecipe, match="already quantized"):
+        quantize(foreign, recipe=RECIPES["bnb-8"], output=tmp_path / "out")
+
+
+def test_data_that_counts_for_nothing_is_refused(tmp_path):
+    (tmp_path / "texts.jsonl").write_text('{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello"}]}\n')
+    recipe = Recipe(group_size=32, calibration=(str(tmp_path / "texts.jsonl"),), vision_share=1.0, answer_share=0.0)
+    with pytest.raises(InvalidRequest, match="prompt and answer tokens only"):
+        quantize(INTERNLM2, recipe=recipe, output=tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["texts.jsonl"]
 
 
 def test_gptq_falls_back_loudly(tmp_path, monkeypatch):

@@ -24,6 +24,9 @@ from vlquant.recipe import Recipe
         ({"calibration": ()}, "--calib"),
         ({"method": "rtn", "calibration": "photos"}, "leave --calib out"),
         ({"samples": 0}, "--samples"),
+        ({"vision_share": 0.8}, "--vision-share"),
+        ({"vision_share": float("nan")}, "--vision-share"),
+        ({"compensation": 1.5}, "compensation"),
     ],
 )
 def test_bad_fields_are_refused_in_one_sentence(fields, words):

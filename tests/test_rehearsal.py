@@ -26,14 +26,18 @@ def test_running_out_of_memory_is_a_sentence(named_case, monkeypatch):
 def test_a_limit_of_memory_needs_a_gpu_that_has_it(monkeypatch):
     with pytest.raises(InvalidRequest, match="add --device cuda"):
         rehearsal.limit_memory("cpu", 8)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     limits = []
     card = type("Card", (), {"total_memory": 11_000_000_000})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append((share, device)))
     with pytest.raises(InvalidRequest, match="no part of the 11.0 GB"):
         rehearsal.limit_memory("cuda", 12)
-    rehearsal.limit_memory("cuda:0", 5.5)
-    assert limits == [(0.5, torch.device("cuda:0"))]
+    rehearsal.limit_memory("cuda", 5.5)
+    rehearsal.limit_memory("cuda:1", 11)
+    assert limits == [(0.5, 0), (1.0, 1)]
+    with pytest.raises(InvalidRequest, match="device 'foo' is unknown"):
+        rehearsal.limit_memory("foo", 5)
 
 
 def test_the_gpu_is_rehearsed_before_anything_is_written(named_case, tmp_path, monkeypatch):

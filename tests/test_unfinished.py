@@ -86,7 +86,7 @@ def test_finished_layers_are_not_done_again(undisturbed, tmp_path):
     quantize(SOURCE, recipe=GPTQ, output=tmp_path / "out", report=events.append)
     assert [event.done for event in events if event.stage == "layers"] == [2, 3]
     assert "going on after layer 2 of 3" in [event.message for event in events]
-    assert not [event for event in events if event.stage == "calibration"]
+    assert not [event for event in events if event.stage == "calibration" and event.total]
     assert contents(tmp_path / "out") == undisturbed["gptq"]
 
 
@@ -98,7 +98,7 @@ def test_a_full_disk_is_one_sentence_and_costs_no_finished_layer(limit, undistur
     assert len(refused) == 1 and "no space left" in refused[0], errors
     finished = len(list(tmp_path.glob(".out.unfinished/layer-*.safetensors")))
     assert ("goes on after layer" in refused[0]) == bool(finished)
-    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"] * bool(finished)
+    assert [path.name for path in tmp_path.iterdir()] == [".out.unfinished"] * ("goes on" in refused[0])
     quantize(SOURCE, recipe=GPTQ, output=tmp_path / "out")
     assert contents(tmp_path / "out") == undisturbed["gptq"]
 
@@ -152,3 +152,38 @@ def test_a_bundle_that_cannot_be_read_back_is_not_published(tmp_path, monkeypatc
 
 def test_differences_are_named():
     assert difference({"a": 1, "b": {"c": 2}}, {"a": 1, "b": {"c": 3}}) == "b c 2, now 3"
+
+
+def test_what_is_left_after_a_bundle_is_whole_goes_when_the_command_is_repeated(tmp_path):
+    """As after a kill between the last rename and the clean-up."""
+    output = quantize(SOURCE, recipe=RECIPES["rtn"], output=tmp_path / "out")
+    left = tmp_path / ".out.unfinished"
+    left.mkdir()
+    (left / "layer-00000.safetensors").write_bytes(b"x")
+    quantize(SOURCE, recipe=RECIPES["rtn"], output=output)
+    assert not left.exists()
+
+
+def test_encoded_conversations_are_kept_and_nothing_is_not_refused(tmp_path):
+    """An interrupted run with other settings stands in the way only if it has something."""
+    from vlquant.calibrate import CLASSES_FILE
+
+    output = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), resuming(output, {"a": 1}, overwrite=False) as run:
+        (run.folder / CLASSES_FILE).write_text("[]")
+        raise KeyboardInterrupt
+    with pytest.raises(OutputRefused, match="a 1, now 2"), resuming(output, {"a": 2}, overwrite=False):
+        pass
+    assert (tmp_path / ".out.unfinished" / CLASSES_FILE).exists()
+    (tmp_path / ".out.unfinished" / CLASSES_FILE).unlink()
+    with resuming(output, {"a": 2}, overwrite=False) as run:
+        assert run.layers == 0
+
+
+def test_space_already_taken_by_the_same_run_is_not_asked_for_again(tmp_path):
+    from vlquant.unfinished import bytes_so_far
+
+    assert bytes_so_far(tmp_path / "out") == 0
+    (tmp_path / ".out.unfinished").mkdir()
+    (tmp_path / ".out.unfinished" / "layer-00000.safetensors").write_bytes(b"x" * 100)
+    assert bytes_so_far(tmp_path / "out") == 100

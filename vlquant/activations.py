@@ -28,7 +28,7 @@ class JudgingInputs:
     floats: Tensor
     """float32 [tokens, in]: what it sees in the float model, or the same again."""
     weights: Tensor
-    """float32 [tokens]: how much each counts, as in the Hessian."""
+    """float32 [tokens]: how much each counts, as in the Hessian, for itself and those it stands for."""
     classes: Tensor
     """int64 [tokens]."""
 
@@ -55,18 +55,21 @@ def record_inputs(
     floats: the same in the float model; layers: the layer as far as it is quantized, and the float one.
     """
     layer, original = layers
-    recorder = InputRecorder(torch.cat([original.linears[name].weight for name in stage]), inputs.token_weights.to(device))
+    stacked = torch.cat([original.linears[name].weight for name in stage])
+    recorder = InputRecorder(stacked, inputs.token_weights.to(device), inputs.judging.stands_for.to(device))
     ends_half = stage in ENDS_OF_HALVES
+    place_among_floats = {} if floats is None else {index: place for place, index in enumerate(inputs.compared)}
 
     def record() -> Iterator[Tensor]:
         with open(inputs.taps, "wb") if ends_half else nullcontext() as taps:
             for index, classes in enumerate(inputs.classes):
                 rows, _ = tapped(inputs, index, layer, stage[0], device=device)
                 there, hidden = None, None
-                if floats is not None and index < len(floats.classes):
-                    there, hidden = tapped(floats, index, original, stage[0], goes_on=ends_half, device=device)
-                adds_up = not inputs.holds_out(index)
-                recorder.add(rows, there, classes.to(device), judging=inputs.judging[index], adds_up=adds_up)
+                if index in place_among_floats:
+                    place = place_among_floats[index]
+                    there, hidden = tapped(floats, place, original, stage[0], goes_on=ends_half, device=device)
+                judging, adds_up = inputs.judging.positions[index], index not in inputs.held_out
+                recorder.add(rows, there, classes.to(device), judging=judging, adds_up=adds_up)
                 if taps:
                     taps.write(rows.cpu().contiguous().numpy().data)
                 if hidden is not None:
@@ -167,9 +170,10 @@ class InputRecorder:
     Of the drift D = sum of (f - x) xT, what is added up is D or, where that is smaller, W D.
     """
 
-    def __init__(self, weight: Tensor, token_weights: Tensor):
+    def __init__(self, weight: Tensor, token_weights: Tensor, stands_for: Tensor):
         out_features, in_features = weight.shape
-        self.weight, self.token_weights, self.projects = weight, token_weights, 2 * out_features < in_features
+        self.weight, self.projects = weight, 2 * out_features < in_features
+        self.token_weights, self.stands_for = token_weights, stands_for
         self.hessian = weight.new_zeros(in_features, in_features)
         self.drift: Tensor | None = None
         self.compared: Tensor | None = None
@@ -184,12 +188,12 @@ class InputRecorder:
         cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
         weights = self.token_weights[classes] * cap
         if len(judging):
-            known = rows, rows if floats is None else floats, weights, classes
+            known = rows, rows if floats is None else floats, weights * self.stands_for[classes], classes
             self.kept.append(tuple(each[judging.to(rows.device)] for each in known))
-        if floats is None and self.drift_known and self.compared is None:
-            self.add_waiting()
-            self.compared = self.hessian.clone()
         if adds_up:
+            if floats is None and self.drift_known and self.compared is None:
+                self.add_waiting()
+                self.compared = self.hessian.clone()
             root = weights.sqrt()[:, None]
             self.waiting.append(rows * root)
             self.missing += [] if floats is None else [(floats - rows) * root]

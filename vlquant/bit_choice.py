@@ -5,6 +5,7 @@ changes in the half of the layer it belongs to is set against the hidden states 
 """
 
 import json
+import random
 import shutil
 from collections.abc import Sequence
 
@@ -70,9 +71,9 @@ def within_budget(measured: Sequence[StageNoise], recipe: Recipe) -> list[StageN
 
 
 def some_conversations(inputs: CalibrationInputs) -> CalibrationInputs:
-    """A few of the conversations, spread over all, as inputs with a folder of their own."""
-    step = max(1, len(inputs.classes) // CONVERSATIONS)
-    chosen = range(0, len(inputs.classes), step)[:CONVERSATIONS]
+    """A few of the conversations, drawn from all, as inputs with a folder of their own."""
+    every = range(len(inputs.classes))
+    chosen = sorted(random.Random(0).sample(every, min(CONVERSATIONS, len(every))))
     folder = inputs.folder / "choice"
     folder.mkdir(exist_ok=True)
     few = CalibrationInputs(folder, tuple(inputs.classes[index] for index in chosen), inputs.width, inputs.shares)

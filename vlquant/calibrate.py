@@ -4,6 +4,7 @@ Knows no quantized format.
 """
 
 import json
+import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -16,6 +17,7 @@ from torch import Tensor
 from vlquant.calib_data.conversations import Conversation, ConversationSet, named
 from vlquant.config import ModelConfig
 from vlquant.events import Event, Report
+from vlquant.fitting import fitting_request, kept_tokens
 from vlquant.model import Model
 from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.publishing import flush_entry, replace_text
@@ -26,8 +28,6 @@ from vlquant.request import (
     encode_answer,
     encode_prompt,
     encode_request,
-    place_images,
-    require_text,
 )
 from vlquant.tokenizer import Tokenizer, load_tokenizer
 from vlquant.vision import vision_features
@@ -39,16 +39,12 @@ TILES_AT_ONCE = 8
 JUDGES_OF_CLASS = 1024
 """Most tokens of a class by which roundings are compared."""
 COMPARED_TOKENS = 12_288
-"""So many tokens, from the first conversations, also run through the float model; more of them are hardly of use."""
+"""So many deciding tokens, those of the first conversations, also run through the float model, and all judging ones."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
 """One conversation of so many judges GPTQ's result against plain rounding, unseen by it."""
-TEXT_TOKENS = 128
-"""Room left at least for question, answer and system message."""
-TEMPLATE_TOKENS = 64
-"""What system message and roles take of it, about."""
-LONGEST_ANSWER = 256
-"""Tokens of an answer that is still to be written."""
+FEWEST_TO_HOLD_OUT = 4
+"""Of fewer conversations none can be spared: all of them decide and judge."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +64,7 @@ class CalibrationInputs:
     half: str = ""
     """"-middle": after its attention, before its MLP."""
     stream: str = "states"
-    """"states" of the model as far as it is quantized; "floats" of the float model, which begin as the same."""
+    """"states" of the model as far as it is quantized; "floats" of the float model."""
 
     @cached_property
     def token_weights(self) -> Tensor:
@@ -77,30 +73,39 @@ class CalibrationInputs:
         return torch.tensor(self.shares) / counts
 
     @cached_property
-    def judging(self) -> tuple[Tensor, ...]:
-        """Positions int64 [tokens] in every conversation whose inputs judge roundings: so many of each class, evenly spread."""
-        all_judge = len(self.classes) < HOLD_OUT_EVERY
-        judges = [index < self.compared and (self.holds_out(index) or all_judge) for index in range(len(self.classes))]
-        return positions_of_judges(self.classes, judges)
+    def held_out(self) -> frozenset[int]:
+        """Conversations that only judge what the others decide: one drawn from every sixteen, so that no set escapes by its turn."""
+        if len(self.classes) < FEWEST_TO_HOLD_OUT:
+            return frozenset()
+        blocks = range(0, max(1, len(self.classes) - HOLD_OUT_EVERY + 1), HOLD_OUT_EVERY)
+        sizes = [min(HOLD_OUT_EVERY, len(self.classes) - start) for start in blocks]
+        return frozenset(start + random.Random(start).randrange(size) for start, size in zip(blocks, sizes, strict=True))
 
     @cached_property
-    def compared(self) -> int:
-        """How many conversations, the first ones, also run through the float model: judges among them as among all."""
-        lengths = torch.tensor([len(each) for each in self.classes]).cumsum(0)
-        enough = int((lengths < COMPARED_TOKENS).sum()) + 1
-        return min(len(self.classes), -(-enough // HOLD_OUT_EVERY) * HOLD_OUT_EVERY)
+    def judging(self) -> "Judges":
+        """The tokens whose inputs judge roundings."""
+        return choose_judges(self.classes, [not self.held_out or index in self.held_out for index in range(len(self.classes))])
+
+    @cached_property
+    def compared(self) -> tuple[int, ...]:
+        """Conversations that also run through the float model: those that judge, and the first that decide."""
+        chosen, tokens = set(self.held_out), 0
+        for index, classes in enumerate(self.classes):
+            if index not in self.held_out and tokens < COMPARED_TOKENS:
+                chosen.add(index)
+                tokens += len(classes)
+        return tuple(sorted(chosen))
 
     def in_float_model(self) -> "CalibrationInputs":
-        """The compared conversations in the float model."""
-        return replace(self, stream="floats", classes=self.classes[: self.compared])
+        """The compared conversations in the float model; before the first layer they are the same."""
+        floats = replace(self, stream="floats", classes=tuple(self.classes[index] for index in self.compared))
+        if self.layer == 0:
+            write_states(floats.path, (self.hidden(index) for index in self.compared))
+        return floats
 
     @property
     def tokens(self) -> int:
         return sum(map(len, self.classes))
-
-    def holds_out(self, index: int) -> bool:
-        """Whether a conversation only judges what the others decide; of few, all do both."""
-        return len(self.classes) >= HOLD_OUT_EVERY and index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
@@ -135,20 +140,32 @@ class CalibrationInputs:
     @property
     def path(self) -> Path:
         """The file of these hidden states, one conversation after the other."""
-        stream = self.stream if self.layer or self.half else "states"
-        return self.folder / f"{stream}-{self.layer:05}{self.half}.f32"
+        return self.folder / f"{self.stream}-{self.layer:05}{self.half}.f32"
 
 
-def positions_of_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> tuple[Tensor, ...]:
-    """In every conversation that judges, positions evenly spread over all of them, at most JUDGES_OF_CLASS of each class."""
+@dataclass(frozen=True)
+class Judges:
+    """Tokens that judge for all of their class."""
+
+    positions: tuple[Tensor, ...]
+    """int64 [tokens] in every conversation."""
+    stands_for: Tensor
+    """How many tokens one of each class stands for."""
+
+
+def choose_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> Judges:
+    """At most JUDGES_OF_CLASS tokens of each class, evenly spread over the conversations that judge."""
     conversation = torch.cat([torch.full_like(each, index) for index, each in enumerate(classes)])
     position = torch.cat([torch.arange(len(each)) for each in classes])
-    may_judge = torch.tensor(judges)[conversation]
-    chosen = torch.zeros(len(position), dtype=torch.bool)
+    may_judge, together = torch.tensor(judges)[conversation], torch.cat(tuple(classes))
+    chosen, stands_for = torch.zeros(len(position), dtype=torch.bool), torch.ones(len(CLASSES))
     for each in range(len(CLASSES)):
-        found = torch.nonzero(may_judge & (torch.cat(tuple(classes)) == each)).flatten()
-        chosen[found[:: max(1, -(-len(found) // JUDGES_OF_CLASS))]] = True
-    return tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
+        found = torch.nonzero(may_judge & (together == each)).flatten()
+        step = max(1, -(-len(found) // JUDGES_OF_CLASS))
+        chosen[found[::step]] = True
+        stands_for[each] = len(found) / max(1, len(found[::step]))
+    positions = tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
+    return Judges(positions, stands_for)
 
 
 def write_states(path: Path, states: Iterable[Tensor]) -> None:
@@ -214,37 +231,25 @@ def encode_conversation(
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """A conversation with its answer and stop token: ids [length], classes [length], pixels [tiles, 3, side, side].
 
-    most_tokens: pictures are cut into fewer tiles, and frames left out, to stay below; at least one tile remains of each,
-    and what comes after the last of them is cut off where it becomes too long.
+    most_tokens: pictures are cut into fewer tiles, and frames and the earliest turns left out, to stay below; at least one
+    tile remains of each picture, and what comes after the last of them is cut off where it becomes too long.
     """
     with named(conversation.key):
-        require_text(conversation.answer)
-        request = placed(fitting_request(conversation, config, tokenizer, most_tokens=most_tokens), config)
+        request = fitting_request(conversation, config, tokenizer, most_tokens=most_tokens)
         encoded = encode_request(request, config, tokenizer)
         answer = encode_answer(conversation.answer, encoded.prompt, encoded.ids, config=config, tokenizer=tokenizer)
+    if conversation.cut:
+        answer = answer[:-1]  # The model was not done: it would learn to stop in the middle.
     ids = torch.tensor(encoded.ids + answer)
     in_prompt = torch.arange(len(ids)) < len(encoded.ids)
     classes = torch.where(in_prompt, PROMPT, ANSWER)
     for places in earlier_answers(request, encoded, config, tokenizer):
         classes[places] = ANSWER
-    end = 0
-    if encoded.tiles:  # Without, the token is a text like any other.
-        in_picture = in_prompt & (ids == tokenizer.token_id(config.chat.image_token))
-        classes[in_picture] = PICTURE
-        end = int(in_picture.nonzero().max()) + 1
-    length = max(most_tokens, end + TEXT_TOKENS)
+    pictures = bool(encoded.tiles)
+    if pictures:
+        classes[in_prompt & (ids == tokenizer.token_id(config.chat.image_token))] = PICTURE
+    length = kept_tokens(encoded.ids, config, tokenizer, pictures=pictures, most_tokens=most_tokens)
     return ids[:length], classes[:length], encoded.pixel_values()
-
-
-def placed(request: Request, config: ModelConfig) -> Request:
-    """The same conversation with its pictures in the first turn if it does not say where they are."""
-    history = list(request.history or ())
-    if not history or any(IMAGE_PLACEHOLDER in text for text in (request.question, *(question for question, _ in history))):
-        return request
-    (question, answer), *rest = history
-    frames, numbered = len(request.video or ()), config.chat.conversation.numbers_pictures
-    opening = place_images(replace(request, question=question, history=None), len(request.images), frames, numbered=numbered)
-    return replace(request, history=[(opening, answer), *rest])
 
 
 def earlier_answers(
@@ -260,17 +265,3 @@ def earlier_answers(
         # Not so where a template writes history in another way than it has the model answer.
         if encoded.ids[: len(ids) + len(own)] == [*ids, *own]:
             yield slice(len(ids), len(ids) + len(own))
-
-
-def fitting_request(conversation: Conversation, config: ModelConfig, tokenizer: Tokenizer, *, most_tokens: int) -> Request:
-    """What is asked, with as many tiles as `most_tokens` leave room for."""
-    request, chat = conversation.request, config.chat
-    texts = [*(text for turn in request.history or () for text in turn), request.question, conversation.answer or ""]
-    text_tokens = sum(len(tokenizer.encode(text)) for text in texts) + LONGEST_ANSWER * (conversation.answer is None)
-    room = most_tokens - max(TEXT_TOKENS, text_tokens + TEMPLATE_TOKENS)
-    tiles = max(1, room // chat.tokens_per_tile)
-    if request.video is not None:
-        return replace(request, video=list(request.video)[:: -(-len(request.video) // tiles)])
-    each = max(1, tiles // max(1, len(request.images)))
-    # The thumbnail comes on top of more than one.
-    return replace(request, max_tiles=min(chat.max_tiles, each if each == 1 or not chat.use_thumbnail else each - 1))

@@ -45,7 +45,7 @@ class Inverse:
 def invert(hessian: Tensor, damping: float) -> Inverse | None:
     """Invert a Hessian; None if no damping up to 0.5 makes it positive definite."""
     order = hessian.diagonal().argsort(descending=True, stable=True)
-    factor, used = inverse_factor(hessian[order][:, order], damping)
+    factor, used = inverse_factor(hessian, order, damping)
     return None if factor is None else Inverse(order, factor, used)
 
 
@@ -138,28 +138,35 @@ def dequantize(codes: Tensor, scales: Tensor, *, bits: int) -> Tensor:
     return (codes.to(torch.float32) - 2 ** (bits - 1)) * expand_scales(scales, group_size)
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
-    """The upper U with U.T @ U = inverse(hessian + damping), and the damping used; (None, None) if there is none.
+def inverse_factor(hessian: Tensor, order: Tensor, damping: float) -> tuple[Tensor | None, float | None]:
+    """The upper U with U.T @ U = inverse(hessian[order][:, order] + damping), and the damping used; (None, None) if there is none.
 
-    A column that was never active is left to itself. The damping doubles until the Hessian is positive definite.
-    `hessian` is overwritten: of a wide layer nobody wants one copy more.
+    A column that was never active is left to itself. The damping doubles until the Hessian is positive definite. Of a wide
+    layer each copy is a gigabyte, so that none lives longer than it must.
     """
     diagonal = hessian.diagonal()
     if not bool(torch.isfinite(hessian).all()) or not bool((diagonal > 0).any()):
         return None, None
-    mean, added = diagonal.mean(), 0.0
-    diagonal.add_((diagonal == 0).to(hessian.dtype))
+    silent, mean = (diagonal == 0).to(hessian.dtype), diagonal.mean()
     while damping <= MOST_DAMPING:
-        diagonal.add_((damping - added) * mean)
-        # The Cholesky factor of the flipped matrix, flipped back, is upper with damped = R @ R.T: its inverse is U.
-        lower, failed = torch.linalg.cholesky_ex(hessian.flip(0, 1))
-        if not int(failed):
-            identity = torch.eye(hessian.shape[0], dtype=hessian.dtype, device=hessian.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(torch.isfinite(factor).all()):
-                return factor, damping
-        added, damping = damping, 2 * damping
+        # Of the matrix in reverse order the inverse of the lower Cholesky factor, in reverse order, is U.
+        lower = lower_factor(hessian, order.flip(0), silent + damping * mean)
+        if lower is not None:
+            inverse = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+            del lower
+            if bool(torch.isfinite(inverse).all()):
+                return inverse.flip(0, 1), damping
+        damping *= 2
     return None, None
+
+
+def lower_factor(hessian: Tensor, order: Tensor, increments: Tensor) -> Tensor | None:
+    """The lower Cholesky factor of hessian[order][:, order] with `increments` [in] on its diagonal; None if it has none."""
+    damped = hessian[order][:, order]
+    damped.diagonal().add_(increments[order])
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    return None if int(failed) else lower
 
 
 def solve(weight: Tensor, column_scales: Tensor, factor: Tensor, *, bits: int) -> Tensor:

@@ -43,9 +43,9 @@ def unpack_gptq(tensors: Mapping[str, Tensor], bits: int, version: int = 1) -> t
     version: 1, or 2 ("gptq_v2"), which stores zeros as they are.
     """
     codes = _unpack_rows(tensors["qweight"], bits).T.contiguous()  # [out, in]
-    # int16 so that 255 + 1 is 256 and not 0, as asymmetric checkpoints of others may have it.
     zeros = _unpack_rows(tensors["qzeros"].T.contiguous(), bits).T.to(torch.int16)
-    zeros = zeros + 1 if version == 1 else zeros
+    # Version 1 stores 0 as the largest code, which one more brings back to 0.
+    zeros = zeros + 1 & 2**bits - 1 if version == 1 else zeros
     return codes, tensors["scales"], zeros
 
 

@@ -22,15 +22,22 @@ from vlquant.bundle import (
     write_manifest,
 )
 from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
-from vlquant.calibration_sets import ChosenConversations, choose_conversations
+from vlquant.calibration_sets import ChosenConversations, choose_conversations, require_encodable
 from vlquant.config import ModelConfig
-from vlquant.decoder import LINEARS
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
-from vlquant.hf_layout import inexpressible, quantization_config, write_settings
+from vlquant.feasibility import (
+    open_float_model,
+    remarks,
+    require_fitting,
+    require_useful,
+    require_writable,
+    states_bytes,
+)
+from vlquant.hf_layout import quantization_config, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
-from vlquant.model import Model, open_model, resolve_model
-from vlquant.publishing import publishing, require_renamable, require_replaceable, require_space
+from vlquant.model import Model, resolve_model
+from vlquant.publishing import publishing, require_space
 from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
 from vlquant.reference_answers import with_answers
@@ -39,7 +46,7 @@ from vlquant.reload import reload_elsewhere
 from vlquant.runtime.pipeline import require_device
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
-from vlquant.unfinished import UnfinishedRun, resuming
+from vlquant.unfinished import UnfinishedRun, forget_finished, resuming
 
 FLOAT16_ROOM = 20_000.0
 """Largest activation that leaves float16, which ends at 65504, room for inputs nobody calibrated on."""
@@ -78,12 +85,10 @@ def quantize(
     chosen = choose_conversations(recipe, report) if recipe.method == "gptq" else None
     if is_done(output, recipe, origin, chosen):
         report(Event("quantize", message=f"{output} is already this model with this recipe"))
+        forget_finished(output)
         return output
-    load_tokenizer(folder)  # Whether there is one; it is needed last.
-    require_replaceable(output, overwrite=overwrite)
-    require_renamable(output)
-    # Finished layers lie beside the bundle until it is whole.
-    require_space(output, 2 * bundle_bytes(source, recipe))
+    require_encodable(chosen, source.config, load_tokenizer(folder), recipe, report)  # RTN needs a tokenizer too, though last.
+    require_writable(output, source, recipe, overwrite=overwrite)
     for remark in remarks(source, output, recipe):
         report(Event("quantize", message=remark))
     if place.type == "cuda" and recipe.method == "gptq":
@@ -118,6 +123,9 @@ def quantize_layers(
         shared = {"most_tokens": recipe.tokens, "device": device, "report": report}
         answered = with_answers(chosen, model, run.answers, **shared)
         inputs = replace(calibration_inputs(model, run.folder, answered, **shared), layer=start, shares=recipe.class_shares)
+        require_useful(inputs, recipe, report)
+        if not start:
+            require_space(run.folder, states_bytes(model.config.decoder, inputs))
         known["calibration"] = describe_calibration(recipe, chosen, inputs)
         if recipe.average_bits:
             known["bit_choice"] = choose_bits(model, inputs, recipe=recipe, device=device, report=report)
@@ -128,18 +136,6 @@ def quantize_layers(
         run.keep(index, layer)
         report(Event("layers", index + 1, count, details=tuple(told(index, layer))))
     return known
-
-
-def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
-    """What the user should know before it starts."""
-    if recipe.bits == 3:
-        yield "3 bits are experimental: the loss is large, and few other programs read them"
-    if reason := inexpressible(source.config):
-        yield f"only vlquant will read {output}: {reason}"
-    if source.checkpoint.adapters:
-        yield f"{len(source.checkpoint.adapters)} LoRA adapters in {source.folder} are merged into their weights"
-    if (output / "vision").is_dir():
-        yield f"{output} is replaced: export its vision tower and check it again afterwards"
 
 
 def told(index: int, layer: QuantizedLayer) -> Iterator[str]:
@@ -211,20 +207,6 @@ def write_weights(folder: Path, model: Model, run: UnfinishedRun, *, report: Rep
     return {"modules": modules, "ranges": ranges, "float16_safe": safe}
 
 
-def open_float_model(folder: Path) -> Model:
-    """Open a checkpoint that is still to be quantized; raises InvalidRecipe for a bundle."""
-    if (folder / MANIFEST).is_file():
-        raise InvalidRecipe(f"{folder} is already quantized; give the checkpoint it was made from")
-    return open_model(folder)
-
-
-def require_fitting(config: ModelConfig, recipe: Recipe) -> None:
-    """Raise InvalidRecipe unless every linear's shape allows the recipe. Reads no weights."""
-    for name, shape in layer_shapes(config.decoder, 0).items():
-        if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS)):
-            recipe.require_shape(name.removesuffix(".weight"), out_features=shape[0], in_features=shape[1])
-
-
 def names_outside_layers(config: ModelConfig) -> Iterable[str]:
     """Canonical names of everything that is copied as it is: vision tower, projector, embedding, norm, head."""
     in_layers = {name for index in range(config.decoder.layers) for name in layer_shapes(config.decoder, index)}
@@ -260,21 +242,6 @@ def is_done(output: Path, recipe: Recipe, origin: Source, chosen: ChosenConversa
     same = manifest.recipe == recipe.to_dict() and manifest.source.files == origin.files
     data = manifest.calibration and manifest.calibration.sha256
     return same and data == (chosen and chosen.sha256) and not missing_files(output, manifest)
-
-
-def bundle_bytes(model: Model, recipe: Recipe) -> int:
-    """About how many bytes the bundle will have, for the check of the disk."""
-    inside = {
-        name
-        for index in range(model.config.decoder.layers)
-        for name in layer_shapes(model.config.decoder, index)
-        if name.endswith(tuple(f"{linear}.weight" for linear in LINEARS))
-    }
-    itemsize = torch.float32.itemsize if model.config.source.get("torch_dtype") == "float32" else torch.bfloat16.itemsize
-    each = (recipe.average_bits or recipe.bits) * 1.1
-    bits = {name: each if name in inside else 8 * itemsize for name in tensor_shapes(model.config)}
-    elements = {name: torch.Size(shape).numel() for name, shape in tensor_shapes(model.config).items()}
-    return int(sum(elements[name] * bits[name] for name in elements) / 8)
 
 
 def library_versions() -> dict[str, str]:

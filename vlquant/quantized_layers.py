@@ -121,7 +121,7 @@ def quantize_layer(
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         if stage in ENDS_OF_HALVES:
             inputs = pass_on(inputs, watched(linears, largest)[stage[0]], largest, device=device)
-    biases = {f"{name}.bias": linears[name].bias.to(torch.float16) for name in LINEARS if linears[name].bias is not None}
+    biases = {f"{name}.bias": linears[name].bias.to("cpu", torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
     return QuantizedLayer(kept | stored | biases, records, range_of(largest)), (inputs, floats)
 

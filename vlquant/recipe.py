@@ -78,7 +78,7 @@ class Recipe:
             raise InvalidRecipe(f"damping {self.damping} is outside 0 .. 0.5; {Recipe.damping} is a good value")
         if not 0 <= self.compensation <= 1:
             raise InvalidRecipe(f"compensation {self.compensation} is outside 0 .. 1; {Recipe.compensation} is a good value")
-        if min(self.class_shares) < 0:
+        if not min(self.class_shares) >= 0:
             raise InvalidRecipe(
                 f"shares of {self.vision_share} for pictures and {self.answer_share} for answers are not parts of 1; "
                 f"use --vision-share {Recipe.vision_share} and --answer-share {Recipe.answer_share}"

@@ -13,6 +13,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from vlquant.bundle import LayerRange, ModuleRecord
+from vlquant.calibrate import CLASSES_FILE
 from vlquant.errors import (
     BrokenCheckpoint,
     InvalidRecipe,
@@ -54,7 +55,7 @@ class UnfinishedRun:
     @property
     def worth_keeping(self) -> bool:
         """Whether there is anything that takes long to make."""
-        return self.layers > 0 or self.answers.exists()
+        return self.layers > 0 or self.answers.exists() or (self.folder / CLASSES_FILE).exists()
 
     def keep(self, index: int, layer: QuantizedLayer) -> None:
         """Write one layer so that it survives a loss of power."""
@@ -78,6 +79,26 @@ class UnfinishedRun:
         return self.folder / f"layer-{index:05}.safetensors"
 
 
+def working_folder(output: Path) -> Path:
+    """Where a run that is to become `output` keeps its files."""
+    place = output.resolve()
+    return place.with_name(f".{place.name}.unfinished")
+
+
+def bytes_so_far(output: Path) -> int:
+    """What an interrupted run for `output` has written already."""
+    return sum(path.stat().st_size for path in working_folder(output).glob("*") if path.is_file())
+
+
+def forget_finished(output: Path) -> None:
+    """Remove what a run left behind that was killed after its bundle had been put in place, unless another one uses it."""
+    folder = working_folder(output)
+    lock = lock_folder(folder) if folder.is_dir() else None
+    if lock is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
 @contextmanager
 def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[UnfinishedRun]:
     """The run that is to become `output`: an interrupted one with the same settings goes on, else a new one begins.
@@ -86,10 +107,10 @@ def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[Unfin
     one that cannot be carried out. Raises OutputRefused for an interrupted run with other settings, naming the
     difference, unless it may be overwritten.
     """
-    place = output.resolve()
-    folder = place.with_name(f".{place.name}.unfinished")
+    folder = working_folder(output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        flush_entry(folder.parent)
     except OSError as error:
         raise OutputRefused(f"{output} cannot be written ({error.strerror}); choose another folder with -o") from error
     lock = lock_folder(folder)
@@ -121,7 +142,7 @@ def begin(run: UnfinishedRun, output: Path, settings: dict, *, overwrite: bool) 
     settings = json.loads(json.dumps(settings))
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else settings
     if before != settings:
-        if not overwrite:
+        if not overwrite and run.worth_keeping:
             raise OutputRefused(
                 f"an interrupted run for {output} was started with {difference(before, settings)}; "
                 "repeat that command to finish it, or add --overwrite to begin anew"
@@ -144,4 +165,6 @@ def way_out(run: UnfinishedRun) -> str:
     """What to do about a full disk."""
     if run.layers:
         return f"make room and repeat the command, which goes on after layer {run.layers}"
+    if run.worth_keeping:
+        return "make room and repeat the command, which goes on with the calibration data it has"
     return "make room or choose another disk with -o"
