@@ -4,8 +4,9 @@ Run by hand, in an environment of its own (the readers need far more than vlquan
     pip install torch==2.13.0 transformers==5.23.0 optimum==2.3.0 bitsandbytes==0.50.2 numpy==2.2.6 requests onnxruntime
     pip install torch==2.13.0 transformers==5.23.0 numpy==2.2.6 gptqmodel==7.3.6
     pip install --no-deps -e . && pip install sentencepiece onnx pydantic typer rich
-    PYTHONPATH=. GPTQMODEL_CPU_WORKERS=2 python tests/record_interop.py
+    PYTHONPATH=. GPTQMODEL_CPU_WORKERS=2 python tests/record_interop.py [mixed]
 
+"mixed" renews only what is recorded of linears with 4 and 8 bits side by side, which GPTQModel reads and transformers does not.
 Two models, the trained demo model (a Llama to these readers) and a Qwen2 of random weights; every kind of bundle; a prompt
 with a picture and one without; the logits of all positions beside those of our own runtime, which computes in float32.
 The readers compute in the precision that the bundle's config.json names, with the kernel they choose, and once more in a better
@@ -16,9 +17,11 @@ import gc
 import importlib.metadata
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +54,7 @@ RECIPES = {
     "nf4": Recipe(method="bnb"),
     "int8": Recipe(method="bnb", bits=8),
 }
+MIXED = Recipe(average_bits=5)
 FLOAT = "float"
 """Stands beside them for the model before quantizing."""
 FEW = {"samples": 8, "tokens": 512}
@@ -68,7 +72,7 @@ def make_bundles(folder: Path) -> Iterator[tuple[str, str, Path]]:
         yield model, FLOAT, write_float(source, folder / f"{model}-{FLOAT}")
         for kind, recipe in RECIPES.items():
             if model == "qwen2" and recipe.method == "gptq":
-                recipe = Recipe(**recipe.to_dict() | FEW)
+                recipe = replace(recipe, **FEW)
             yield model, kind, quantize(source, recipe=recipe, output=folder / f"{model}-{kind}")
 
 
@@ -221,10 +225,26 @@ def record_bundle(model: str, kind: str, bundle: Path, scratch: Path) -> Iterato
         gc.collect()
 
 
+def record_mixed() -> Iterator[dict]:
+    """The demo model's linears with the bits that `--average-bits` gives them, in GPTQModel."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bundle = quantize(demo_model(), recipe=MIXED, output=Path(scratch) / "mixed")
+        pipe = load(bundle, vision="torch")
+        encoded = prompts(pipe, MOST_TILES["demo"])["text"]
+        for precision in (None, PRECISIONS["GPTQModel"]):
+            theirs = open_text(bundle, Path(scratch) / str(precision), precision)
+            kinds = Counter(module.bits for module in theirs.modules() if hasattr(module, "qweight"))
+            figures = compare(our_logits(pipe, encoded), their_logits(theirs, encoded))
+            yield {"precision": str(theirs.dtype).removeprefix("torch."), "linears_by_bits": dict(kinds), **figures}
+
+
 def main() -> None:
     from tests.record_gptqmodel import import_gptqmodel  # Its libraries are not where RECIPES and RECORDED are tested.
 
     import_gptqmodel()
+    if sys.argv[1:] == ["mixed"]:
+        write_json(RECORDED, json.loads(RECORDED.read_text()) | {"mixed": list(record_mixed())})
+        return
     versions = {library: importlib.metadata.version(library) for library in LIBRARIES}
     cases, configs = [], {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -234,7 +254,8 @@ def main() -> None:
             for case in record_bundle(model, kind, bundle, Path(scratch)):
                 cases.append(case)
                 print(json.dumps(case), flush=True)
-    write_json(RECORDED, {"versions": versions, "quantization_configs": configs, "cases": cases})
+    record = {"versions": versions, "quantization_configs": configs, "cases": cases, "mixed": list(record_mixed())}
+    write_json(RECORDED, record)
 
 
 if __name__ == "__main__":

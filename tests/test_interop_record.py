@@ -57,6 +57,12 @@ def test_every_kind_of_bundle_was_read_by_everyone_who_can():
     assert RECORD["versions"]["gptqmodel"] == "7.3.6"
 
 
+def test_gptqmodel_reads_linears_of_4_and_8_bits_side_by_side():
+    precise = next(case for case in RECORD["mixed"] if case["precision"] == "float16")
+    assert set(precise["linears_by_bits"]) == {"4", "8"} and min(precise["linears_by_bits"].values()) > 1
+    assert precise["relative_difference"] <= BOUND and precise["clear_agreeing"] == precise["clear"]
+
+
 @pytest.mark.parametrize("compared", [case for case in CASES if case["precision"] != "bfloat16"], ids=name_of)
 def test_readers_compute_our_logits(compared):
     assert compared["relative_difference"] <= BOUND

@@ -38,7 +38,7 @@ CLASSES = ("vision", "prompt", "answer")
 TILES_AT_ONCE = 8
 JUDGES_OF_CLASS = 1024
 """Most tokens of a class by which roundings are compared."""
-COMPARED_TOKENS = 12_288
+COMPARED_TOKENS = 8_192
 """So many deciding tokens, those of the first conversations, also run through the float model, and all judging ones."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16
