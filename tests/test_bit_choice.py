@@ -115,10 +115,10 @@ def test_impossible_averages_are_refused(fields):
 
 def test_rounding_noise_is_that_of_the_hidden_states(tmp_path):
     """Measured by hand for one stage of the second layer: everything before it float, all tokens of a class together."""
-    from vlquant.activations import layer_of, run_half
+    from vlquant.activations import run_half
     from vlquant.bit_choice import measure_layer
     from vlquant.calibrate import CalibrationInputs, write_states
-    from vlquant.decoder import LINEARS, FloatLinear
+    from vlquant.decoder import LINEARS, FloatLinear, float_layer
     from vlquant.gptq import dequantize, round_weight
 
     model, generator = open_model(SOURCE), torch.Generator().manual_seed(0)
@@ -132,7 +132,7 @@ def test_rounding_noise_is_that_of_the_hidden_states(tmp_path):
     for name in STAGES[0]:
         found = round_weight(linears[name].weight, bits=4, group_size=32)
         rounded[name] = FloatLinear(dequantize(found.codes, found.scales, bits=4), linears[name].bias)
-    layers = [layer_of(floats, each, model.config.decoder) for each in (linears, linears | rounded)]
+    layers = [float_layer(floats, model.config.decoder).with_linears(each) for each in (linears, rounded)]
     wanted, given = (torch.cat([run_half(inputs, index, layer, "cpu")[0] for index in range(2)]) for layer in layers)
     of_vision = torch.cat(classes) == 0
     lost = (given - wanted)[of_vision].square().sum() / wanted[of_vision].square().sum()

@@ -7,11 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
-from vlquant.activations import InputRecorder, layer_of, pass_on, record_inputs, run_half, watched
+from vlquant.activations import InputRecorder, pass_on, record_inputs, run_half, watched
 from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation, write_states
-from vlquant.decoder import LINEARS, FloatLinear
+from vlquant.decoder import LINEARS, FloatLinear, float_layer
 from vlquant.fitting import fitting_request, prompt_ids
 from vlquant.hf_layout import STAGES
 from vlquant.model import open_model
@@ -78,7 +78,7 @@ def layer_with(model, change=1.0):
     """The second layer with all weights multiplied."""
     tensors = {name: tensor.float() for name, tensor in model.decoder_layer(1).items()}
     linears = {name: FloatLinear(tensors[f"{name}.weight"] * change, tensors.get(f"{name}.bias")) for name in LINEARS}
-    return layer_of(tensors, linears, model.config.decoder)
+    return float_layer(tensors, model.config.decoder).with_linears(linears)
 
 
 def test_sums_are_those_of_all_inputs_and_the_float_stream_goes_on(streams):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vlquant.calibrate import CalibrationInputs
-from vlquant.decoder import DecoderConfig, DecoderLayer, Linear, rms_norm, rotary_tables
+from vlquant.decoder import DecoderLayer, Linear, rms_norm, rotary_tables
 from vlquant.hf_layout import STAGES
 
 LARGEST_NORM = 10.0
@@ -89,7 +89,7 @@ def tapped(
     """Inputs [length, in] of one linear in one conversation; and the hidden states after its half of the layer if that goes on."""
     tap, hidden = Tap(layer.linears[name], goes_on), None
     with suppress(Reached):
-        hidden = run_half(inputs, index, DecoderLayer(layer.config, {**layer.linears, name: tap}, layer.norms), device)
+        hidden = run_half(inputs, index, layer.with_linears({name: tap}), device)
     return tap.rows, hidden
 
 
@@ -113,7 +113,6 @@ def pass_on(
 
     What that linear sees was written down when its inputs were recorded. The largest hidden state goes to `largest`.
     """
-
     width = last.linear.weight.shape[1]
 
     def states() -> Iterator[Tensor]:
@@ -228,13 +227,3 @@ class InputRecorder:
         drift = self.drift if self.projects or self.drift is None else self.weight @ self.drift
         judging = JudgingInputs(*map(torch.cat, zip(*self.kept, strict=True)))
         return SeenInputs(self.hessian, drift, self.hessian if self.compared is None else self.compared, judging)
-
-
-def layer_of(tensors: Mapping[str, Tensor], linears: Mapping[str, Linear], config: DecoderConfig) -> DecoderLayer:
-    """A decoder layer with the given linears and the norms among `tensors`."""
-    norms = {
-        name.removesuffix(".weight"): tensor
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and name.removesuffix(".weight") not in linears
-    }
-    return DecoderLayer(config, linears, norms)

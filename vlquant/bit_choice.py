@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 
 from vlquant import gptq
-from vlquant.activations import layer_of, run_half
+from vlquant.activations import run_half
 from vlquant.bundle import StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs, write_states
-from vlquant.decoder import LINEARS, DecoderLayer, FloatLinear
+from vlquant.decoder import DecoderLayer, FloatLinear, float_layer
 from vlquant.events import Event, Report
 from vlquant.hf_layout import STAGES
 from vlquant.model import Model
@@ -87,13 +87,12 @@ def measure_layer(
     """Noise of the four stages of the layer whose inputs are given; and the float inputs of the next layer."""
     index, noises = inputs.layer, []
     floats = {name: tensor.to(device, torch.float32) for name, tensor in model.decoder_layer(index).items()}
-    linears = {name: FloatLinear(floats[f"{name}.weight"], floats.get(f"{name}.bias")) for name in LINEARS}
-    layer = layer_of(floats, linears, model.config.decoder)
+    layer = float_layer(floats, model.config.decoder)
     for half in (STAGES[:2], STAGES[2:]):
         after = inputs.following(run_half(inputs, each, layer, device) for each in range(len(inputs.classes)))
         for stage in half:
             noise = {bits: stage_noise(inputs, after, layer, stage, bits, recipe.group_size) for bits in (NARROW, WIDE)}
-            weights = sum(linears[name].weight.numel() for name in stage)
+            weights = sum(layer.linears[name].weight.numel() for name in stage)
             noises.append(StageNoise(layer=index, linears=stage, weights=weights, noise=noise, bits=NARROW))
         inputs = after
     return noises, inputs
@@ -104,7 +103,7 @@ def stage_noise(
 ) -> dict[str, float]:
     """What rounding one stage changes in the hidden states after its half of the layer: squares, relative, by class."""
     rounded = {name: rounded_linear(layer.linears[name], bits, group_size) for name in stage}
-    changed, device = DecoderLayer(layer.config, {**layer.linears, **rounded}, layer.norms), rounded[stage[0]].weight.device
+    changed, device = layer.with_linears(rounded), rounded[stage[0]].weight.device
     lost, whole = torch.zeros(len(CLASSES)), torch.zeros(len(CLASSES))
     for index, classes in enumerate(inputs.classes):
         wanted, given = after.hidden(index)[0], run_half(inputs, index, changed, str(device))[0].cpu()

@@ -156,15 +156,14 @@ class Judges:
 def choose_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> Judges:
     """At most JUDGES_OF_CLASS tokens of each class, evenly spread over the conversations that judge."""
     conversation = torch.cat([torch.full_like(each, index) for index, each in enumerate(classes)])
-    position = torch.cat([torch.arange(len(each)) for each in classes])
     may_judge, together = torch.tensor(judges)[conversation], torch.cat(tuple(classes))
-    chosen, stands_for = torch.zeros(len(position), dtype=torch.bool), torch.ones(len(CLASSES))
+    chosen, stands_for = torch.zeros(len(together), dtype=torch.bool), torch.ones(len(CLASSES))
     for each in range(len(CLASSES)):
         found = torch.nonzero(may_judge & (together == each)).flatten()
         step = max(1, -(-len(found) // JUDGES_OF_CLASS))
         chosen[found[::step]] = True
         stands_for[each] = len(found) / max(1, len(found[::step]))
-    positions = tuple(position[chosen & (conversation == index)] for index in range(len(classes)))
+    positions = tuple(torch.nonzero(part).flatten() for part in chosen.split([len(each) for each in classes]))
     return Judges(positions, stands_for)
 
 

@@ -203,6 +203,10 @@ class DecoderLayer:
     def __init__(self, config: DecoderConfig, linears: Mapping[str, Linear], norms: Mapping[str, Tensor]):
         self.config, self.linears, self.norms = config, linears, norms
 
+    def with_linears(self, linears: Mapping[str, Linear]) -> "DecoderLayer":
+        """The same layer with other linears in the places of these."""
+        return DecoderLayer(self.config, {**self.linears, **linears}, self.norms)
+
     def __call__(
         self,
         hidden: Tensor,

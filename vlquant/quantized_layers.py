@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from vlquant import bnb, gptq
-from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, layer_of, pass_on, record_inputs, watched
+from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, WatchedLinear, pass_on, record_inputs, watched
 from vlquant.bundle import LayerRange, ModuleRecord, StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs
-from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear
+from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear, float_layer
 from vlquant.errors import BrokenCheckpoint
 from vlquant.hf_layout import STAGES
 from vlquant.model import Model
@@ -25,6 +25,7 @@ Layer = dict[str, Tensor]
 Streams = tuple[CalibrationInputs, CalibrationInputs | None]
 """Hidden states of the model as far as it is quantized, and of the float model; None: not to be compared with."""
 StageBits = Mapping[tuple[str, ...], int]
+
 
 @dataclass(frozen=True)
 class QuantizedLayer:
@@ -107,11 +108,11 @@ def quantize_layer(
     """
     inputs, floats = streams
     wide = {name: tensor.to(device, torch.float32) for name, tensor in tensors.items()}
-    original = layer_of(wide, {name: FloatLinear(wide[f"{name}.weight"], wide.get(f"{name}.bias")) for name in LINEARS}, config)
+    original = float_layer(wide, config)
     linears = {name: FloatLinear(wide[f"{name}.weight"], stored_bias(wide, name)) for name in LINEARS}
     stored, records, largest = {}, [], {}
     for stage in STAGES:
-        layer = layer_of(wide, watched(linears, largest), config)
+        layer = original.with_linears(watched(linears, largest))
         seen, floats = record_inputs(inputs, floats, (layer, original), stage, device=device)
         weights = {name: original.linears[name].weight for name in stage}
         for name, part, record in quantize_stage(weights, seen, recipe=recipe, bits=bits[stage]):
@@ -120,7 +121,7 @@ def quantize_layer(
             packed = pack_gptq(part.codes.cpu(), part.scales.cpu(), bits=bits[stage], group_size=recipe.group_size)
             stored |= {f"{name}.{kind}": tensor for kind, tensor in packed.items()}
         if stage in ENDS_OF_HALVES:
-            inputs = pass_on(inputs, watched(linears, largest)[stage[0]], largest, device=device)
+            inputs = pass_on(inputs, WatchedLinear(stage[0], linears[stage[0]], largest), largest, device=device)
     biases = {f"{name}.bias": linears[name].bias.to("cpu", torch.float16) for name in LINEARS if linears[name].bias is not None}
     kept = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] not in LINEARS}
     return QuantizedLayer(kept | stored | biases, records, range_of(largest)), (inputs, floats)
