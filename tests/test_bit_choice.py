@@ -117,7 +117,8 @@ def test_rounding_noise_is_that_of_the_hidden_states(tmp_path):
     """Measured by hand for one stage of the second layer: everything before it float, all tokens of a class together."""
     from vlquant.activations import run_half
     from vlquant.bit_choice import measure_layer
-    from vlquant.calibrate import CalibrationInputs, write_states
+    from vlquant.calibrate import CalibrationInputs
+    from vlquant.hidden_states import write_states
     from vlquant.decoder import LINEARS, FloatLinear, float_layer
     from vlquant.gptq import dequantize, round_weight
 

@@ -10,10 +10,11 @@ from PIL import Image
 from vlquant.activations import InputRecorder, pass_on, record_inputs, run_half, watched
 from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.samples import CalibrationScenes
-from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation, write_states
+from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation
 from vlquant.decoder import LINEARS, FloatLinear, float_layer
 from vlquant.fitting import fitting_request, prompt_ids
 from vlquant.hf_layout import STAGES
+from vlquant.hidden_states import write_states
 from vlquant.model import open_model
 from vlquant.request import Request, encode_request
 

@@ -14,10 +14,11 @@ import torch
 from vlquant import gptq
 from vlquant.activations import run_half
 from vlquant.bundle import StageNoise
-from vlquant.calibrate import CLASSES, CalibrationInputs, write_states
+from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.decoder import DecoderLayer, FloatLinear, float_layer
 from vlquant.events import Event, Report
 from vlquant.hf_layout import STAGES
+from vlquant.hidden_states import write_states
 from vlquant.model import Model
 from vlquant.publishing import replace_text
 from vlquant.recipe import Recipe

@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy
 import torch
 from torch import Tensor
 
@@ -18,9 +17,10 @@ from vlquant.calib_data.conversations import Conversation, ConversationSet, name
 from vlquant.config import ModelConfig
 from vlquant.events import Event, Report
 from vlquant.fitting import fitting_request, kept_tokens
+from vlquant.hidden_states import HiddenStates, write_states
 from vlquant.model import Model
 from vlquant.prompt import IMAGE_PLACEHOLDER
-from vlquant.publishing import flush_entry, replace_text
+from vlquant.publishing import replace_text
 from vlquant.recipe import Recipe
 from vlquant.request import (
     EncodedRequest,
@@ -103,22 +103,22 @@ class CalibrationInputs:
             write_states(floats.path, (self.hidden(index) for index in self.compared))
         return floats
 
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of every conversation."""
+        return tuple(map(len, self.classes))
+
     @property
     def tokens(self) -> int:
         return sum(map(len, self.classes))
 
     def hidden(self, index: int) -> Tensor:
         """Hidden states float32 [1, length, width] of one conversation, read from the file."""
-        return self._read(self.path, index, self.width)[None]
+        return HiddenStates(self.path, self.lengths, self.width)[index][None]
 
     def tapped(self, index: int, width: int) -> Tensor:
         """What the last linear of this half sees in one conversation, float32 [length, width], as it was written down."""
-        return self._read(self.taps, index, width)
-
-    def _read(self, path: Path, index: int, width: int) -> Tensor:
-        start, length = sum(map(len, self.classes[:index])), len(self.classes[index])
-        values = numpy.fromfile(path, dtype=numpy.float32, count=length * width, offset=start * width * 4)
-        return torch.from_numpy(values).reshape(length, width)
+        return HiddenStates(self.taps, self.lengths, width)[index]
 
     def following(self, states: Iterable[Tensor]) -> "CalibrationInputs":
         """Write what half a layer makes of each conversation [1, length, width], in order: the other half's inputs, or the next layer's."""
@@ -165,16 +165,6 @@ def choose_judges(classes: Sequence[Tensor], judges: Sequence[bool]) -> Judges:
         stands_for[each] = len(found) / max(1, len(found[::step]))
     positions = tuple(torch.nonzero(part).flatten() for part in chosen.split([len(each) for each in classes]))
     return Judges(positions, stands_for)
-
-
-def write_states(path: Path, states: Iterable[Tensor]) -> None:
-    """Write hidden states of conversations, in order, so that they survive; no more than one is in memory."""
-    partial = path.with_suffix(".partial")
-    with open(partial, "wb") as file:
-        for hidden in states:
-            file.write(hidden.cpu().contiguous().numpy().data)
-    flush_entry(partial)
-    partial.rename(path)
 
 
 def calibration_inputs(

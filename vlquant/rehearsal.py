@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from vlquant.calibrate import CLASSES, JUDGES_OF_CLASS, CalibrationInputs, write_states
+from vlquant.calibrate import CLASSES, JUDGES_OF_CLASS, CalibrationInputs
 from vlquant.config import ModelConfig
 from vlquant.decoder import LINEARS
 from vlquant.errors import InvalidRequest
 from vlquant.hf_layout import STAGES
+from vlquant.hidden_states import write_states
 from vlquant.layout import layer_prefix, layer_shapes
 from vlquant.quantized_layers import quantize_layer
 from vlquant.recipe import Recipe

@@ -1,0 +1,97 @@
+"""Teacher forcing with one decoder layer in memory: what a model of any size makes of given answers.
+
+Hidden states lie in files, so that the float reference of a model needs no more memory than one of its layers.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlquant.decoder import DecoderLayer, LayerCache, rms_norm, rope_depends_on_length, rotary_tables
+from vlquant.distributions import TokenComparison, compare_logits
+from vlquant.family import LANGUAGE_MODEL
+from vlquant.hidden_states import HiddenStates, write_states
+from vlquant.layout import HEAD
+from vlquant.model import Model
+from vlquant.runtime.linear import Workspace, load_layer, make_linear
+
+ROWS_AT_ONCE = 64
+"""Answer tokens whose logits are in memory together: each has one per word of the vocabulary, in double precision."""
+Step = Callable[[int, int], None]
+"""Hears how many layers are done, and of how many."""
+
+
+@torch.inference_mode()
+def forced_states(
+    model: Model, prompts: HiddenStates, answers: Sequence[Sequence[int]], *, folder: Path, device: str, step: Step
+) -> HiddenStates:
+    """Hidden states [answer tokens, hidden_size] after the last layer, where each token of each answer is predicted.
+
+    prompts: embedded prompts, visual tokens in place; answers: ids that follow them. Files are made in `folder`.
+    """
+    workspace, config = Workspace(device), model.config.decoder
+    states = stored(folder / "layer-00000.f32", embedded_answers(model, prompts, answers), prompts.width)
+    for index in range(config.layers):
+        layer = load_layer(model, index, workspace)
+        following = (
+            run_layer(layer, rows.to(device), prompt) for rows, prompt in zip(states, prompts.lengths, strict=True)
+        )
+        after = stored(folder / f"layer-{index + 1:05}.f32", following, prompts.width)
+        states.path.unlink()
+        states = after
+        step(index + 1, config.layers)
+    ends = (rows[prompt - 1 :] for rows, prompt in zip(states, prompts.lengths, strict=True))
+    found = stored(folder / "answers.f32", ends, prompts.width)
+    states.path.unlink()
+    return found
+
+
+def stored(path: Path, states: Iterator[Tensor], width: int) -> HiddenStates:
+    """States written to a file."""
+    return HiddenStates(path, write_states(path, states), width)
+
+
+def embedded_answers(model: Model, prompts: HiddenStates, answers: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+    """Prompts [length, hidden_size] with their answers behind them; the last token is only predicted, never read."""
+    for rows, ids in zip(prompts, answers, strict=True):
+        known = torch.tensor(ids[:-1], dtype=torch.long)
+        yield torch.cat((rows, model.embedding_rows(known).float())) if len(known) else rows
+
+
+def run_layer(layer: DecoderLayer, hidden: Tensor, prompt: int) -> Tensor:
+    """One layer over a conversation [length, hidden_size] whose first `prompt` tokens were read at once."""
+    config, length = layer.config, len(hidden)
+    places = torch.arange(length, device=hidden.device)[None]
+    if not rope_depends_on_length(config, length):
+        return layer(hidden[None], rotary_tables(places, config))[0]
+    # Such a rope turns keys by how long the conversation was when they came: only token by token is it what generating sees.
+    shape = (1, config.key_value_heads, length, config.head_dim)
+    cache, parts = LayerCache(hidden.new_empty(shape), hidden.new_empty(shape)), [prompt] + [1] * (length - prompt)
+    pieces = zip(hidden[None].split(parts, 1), places.split(parts, 1), strict=True)
+    return torch.cat([layer(rows, rotary_tables(own, config), cache=cache)[0] for rows, own in pieces])
+
+
+class LogitsHead:
+    """Final norm and head of a model: hidden states to logits."""
+
+    def __init__(self, model: Model, device: str = "cpu"):
+        self.norm, self.eps = model.tensor(f"{LANGUAGE_MODEL}norm.weight").float().to(device), model.config.decoder.norm_eps
+        self.head = make_linear({"weight": model.tensor(HEAD)}, workspace=Workspace(device))
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [tokens, vocab] of hidden states [tokens, hidden_size]."""
+        return self.head(rms_norm(hidden.to(self.norm.device), self.norm, self.eps))
+
+
+@torch.inference_mode()
+def compare_answers(
+    heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Sequence[Sequence[int]]
+) -> Iterator[TokenComparison]:
+    """Reference and bundle, in this order, along each answer."""
+    for wanted, given, ids in zip(*states, answers, strict=True):
+        parts = zip(wanted.split(ROWS_AT_ONCE), given.split(ROWS_AT_ONCE), torch.tensor(ids).split(ROWS_AT_ONCE), strict=True)
+        compared = [compare_logits(heads[0](first), heads[1](second), own.tolist()) for first, second, own in parts]
+        fields = TokenComparison.__dataclass_fields__
+        yield TokenComparison(**{name: torch.cat([getattr(each, name) for each in compared]).cpu() for name in fields})
