@@ -1,7 +1,7 @@
 """A model that answers: vision tower, decoder and tokenizer stitched together. The one way from a request to an answer."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -9,25 +9,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.bundle import MANIFEST, find_bundle
-from vlquant.config import with_prompt_form
-from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, rope_depends_on_length
+from vlquant.decoder import Decoder, KeyValueCache, rope_depends_on_length
 from vlquant.errors import InvalidRequest
-from vlquant.model import Model, open_model, resolve_model
-from vlquant.request import EncodedRequest, Request, encode_answer, encode_request
+from vlquant.model import Model
+from vlquant.request import EncodedRequest, Request, encode_answer
 from vlquant.runtime.answer import Answer, AnswerText, History, PieceStream, Usage
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
 from vlquant.runtime.linear import load_decoder
-from vlquant.runtime.messages import Prompt, as_request, is_conversation
-from vlquant.runtime.video import with_frames
-from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision
-from vlquant.tokenizer import Tokenizer, load_tokenizer
-
-VISIONS = ("onnx", "torch")
-
-Features = Tensor | None
-"""Visual tokens of one request, float32 [tokens, hidden_size]; None without pictures."""
+from vlquant.runtime.messages import Prompt, is_conversation
+from vlquant.runtime.reader import Features, Reader, open_reader, require_device
+from vlquant.tokenizer import Tokenizer
 
 
 def load(
@@ -45,47 +37,9 @@ def load(
     max_tiles: per picture, for requests that do not say; prompt: conversations as the "original" or as the "hf" processor
     writes them; tokenizer: "slow" or "fast" where they differ. Raises VlquantError for what cannot be loaded.
     """
-    place = require_device(device)
-    if vision not in VISIONS:
-        raise InvalidRequest(f"vision {vision!r} is unknown; use {' or '.join(VISIONS)}")
-    folder = find_bundle() if path is None else resolve_model(path)
-    if folder is None:
-        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
-    if (folder / MANIFEST).is_file():
-        find_bundle(folder)  # Whether it is whole.
-    model = open_model(folder)
-    features = TileFeatures(open_vision(model, vision, device))
-    model.config = with_prompt_form(model.config, prompt)
-    words = load_tokenizer(folder, tokenizer)
-    return Pipeline(model, words, decoder=load_decoder(model, place), features=features, max_tiles=max_tiles)
-
-
-def open_vision(model: Model, vision: str, device: str) -> Callable[[Tensor], Tensor]:
-    """The vision tower of a model, "onnx" or "torch"."""
-    if vision == "torch":
-        return TorchVision(model, device)
-    exported = model.folder / "vision"
-    return OnnxVision(exported, device) if (exported / "model.onnx").is_file() else MissingVision(model.folder)
-
-
-def require_device(name: str) -> torch.device:
-    """The torch device called `name`; raises InvalidRequest if this machine has none."""
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InvalidRequest(f"device {name!r} is unknown; use cpu, cuda or cuda:1") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InvalidRequest(
-            f"device {name!r}: torch sees {torch.cuda.device_count()} CUDA devices here; check the driver, or use cpu"
-        )
-    if device.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"device {name!r} is not supported; use cpu, cuda or cuda:1")
-    return device
-
-
-def position_limit(config: DecoderConfig) -> int:
-    """Positions a decoder can take: dynamic rope stretches what it was trained for by its factor."""
-    return int(config.max_positions * (config.rope.dynamic_factor or 1))
+    reader = open_reader(path, device, vision=vision, max_tiles=max_tiles, prompt=prompt, tokenizer=tokenizer)
+    decoder = load_decoder(reader.model, require_device(device))
+    return Pipeline(reader.model, reader.tokenizer, decoder=decoder, features=reader.tile_features, max_tiles=max_tiles)
 
 
 @dataclass
@@ -103,20 +57,14 @@ class Batch:
     first_token: float | None = None
 
 
-class Pipeline:
+class Pipeline(Reader):
     """Answers requests one by one, as a stream or in batches. For one thread at a time."""
 
     def __init__(
         self, model: Model, tokenizer: Tokenizer, *, decoder: Decoder, features: TileFeatures, max_tiles: int | None = None
     ):
-        self.model, self.config, self.tokenizer = model, model.config, tokenizer
-        self.decoder, self.max_tiles = decoder, max_tiles
-        self.position_limit = position_limit(model.config.decoder)
-        """Longest conversation in tokens. The original knows no limit and answers badly beyond it."""
-        self._tile_features = features
-        self._stop_token = model.config.chat.conversation.stop_token
-        self.stop_id = tokenizer.token_id(self._stop_token)
-        self._image_id = tokenizer.token_id(model.config.chat.image_token)
+        super().__init__(model, tokenizer, features=features, max_tiles=max_tiles)
+        self.decoder = decoder
 
     def ask(
         self,
@@ -171,33 +119,6 @@ class Pipeline:
             return self.batch(prompts, generation)
         return self.batch([prompts], generation)[0]
 
-    def request(self, prompt: Prompt) -> Request | EncodedRequest:
-        """What a prompt of any form asks. Raises InvalidRequest for what is none."""
-        return prompt if isinstance(prompt, EncodedRequest) else as_request(prompt, self.config.chat.conversation)
-
-    def encode(self, prompt: Prompt) -> EncodedRequest:
-        """Prompt, ids and tiles of a request. Raises InvalidRequest if it does not fit the model's context."""
-        encoded = request = self.request(prompt)
-        if isinstance(request, Request):
-            request = with_frames(request)
-            if request.max_tiles is None and self.max_tiles is not None:
-                request = replace(request, max_tiles=self.max_tiles)
-            encoded = encode_request(request, self.config, self.tokenizer)
-        if len(encoded.ids) > self.position_limit:
-            pictures = f" ({len(encoded.tiles)} tiles of {self.config.chat.tokens_per_tile} tokens among them)"
-            ways_out = "lower --max-tiles, or give fewer pictures, frames or turns"
-            raise InvalidRequest(
-                f"the conversation has {len(encoded.ids)} tokens{pictures if encoded.tiles else ''}, and this model takes at "
-                f"most {self.position_limit}; {ways_out if encoded.tiles else 'shorten the text, or give fewer turns'}"
-            )
-        return encoded
-
-    def features(self, encoded: Sequence[EncodedRequest]) -> list[Features]:
-        """Visual tokens of each request, all tiles in one go, equal tiles once."""
-        counts = [len(each.tiles) for each in encoded]
-        tiles = self._tile_features([tile for each in encoded for tile in each.tiles])
-        return [part.flatten(0, 1) if len(part) else None for part in tiles.split(counts)]
-
     @torch.inference_mode()
     def answer_logits(
         self,
@@ -251,16 +172,7 @@ class Pipeline:
         ids = torch.tensor(ids, device=device)
         embeddings = self.decoder.embed(ids).float()
         for row, visual in enumerate(features):
-            places = (ids[row] == self._image_id).nonzero()[:, 0]
-            given = 0 if visual is None else len(visual)
-            # Without pictures it is text like any other, as in the original.
-            if visual is not None and len(places) != given:
-                raise InvalidRequest(
-                    f"the conversation has {len(places)} places for visual tokens and its pictures give {given}; "
-                    "write <image> once for each picture, and leave <IMG_CONTEXT> to vlquant"
-                )
-            if given:
-                embeddings[row, places] = visual.to(device)
+            self.place(visual, ids[row], embeddings[row])
         mask = torch.arange(length, device=device) >= torch.tensor(padding, device=device)[:, None]
         return Batch(encoded, histories, embeddings, mask, vision_seconds)
 
@@ -275,7 +187,7 @@ class Pipeline:
     def text(self, generation: Generation) -> AnswerText:
         """How ids of an answer become text."""
         decode = partial(self.tokenizer.decode, skip_special=not self.config.family.shows_special_tokens)
-        return AnswerText(decode, (self._stop_token, *generation.stop), self.tokenizer.unsettled)
+        return AnswerText(decode, (self.stop_token, *generation.stop), self.tokenizer.unsettled)
 
     def answer(self, batch: Batch, row: int, ids: list[int], generation: Generation) -> Answer:
         """The finished answer of one row."""

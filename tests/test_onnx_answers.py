@@ -27,7 +27,7 @@ def test_answers_are_the_originals(case, conversation, exported, monkeypatch):
     if not conversation["images"]:
         return
     pipe, steps = pipeline(case.folder), conversation["generation_config"]["max_new_tokens"]
-    monkeypatch.setattr(pipe, "_tile_features", TileFeatures(exported(case.folder)))
+    monkeypatch.setattr(pipe, "tile_features", TileFeatures(exported(case.folder)))
     answers = pipe.batch(requests_of(pipe, conversation), Generation(max_new_tokens=steps))
     # Where the original hardly knew itself, rounding may decide; in tests/golden the smallest margin is 0.0017.
     if conversation["min_margin"] > 1e-4:

@@ -45,7 +45,7 @@ def test_old_vision_towers_go_the_whole_way(named_case, tmp_path, name, pixel_sh
     for vision in ("onnx", "torch"):
         pipe = load(bundle, vision=vision)
         assert (pipe.config.vision, pipe.config.chat) == (original.config.vision, original.config.chat)
-        assert (pipe._tile_features(tiles) - case.tensors[key]).abs().max() <= 1e-4
+        assert (pipe.tile_features(tiles) - case.tensors[key]).abs().max() <= 1e-4
         answers.append(pipe.ask("What?", [case.image(file)], generation=Generation(max_new_tokens=8)).text)
     assert answers[0] == answers[1]
 

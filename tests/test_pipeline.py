@@ -16,7 +16,7 @@ from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.request import Request, encode_answer, open_image
 from vlquant.runtime import Answer, Generation, load
-from vlquant.runtime.pipeline import position_limit
+from vlquant.runtime.reader import position_limit
 
 from tests.golden_folder import golden_folder
 from tests.golden_requests import picture, pipeline, requests_of
@@ -108,8 +108,8 @@ def test_features_given_spare_the_vision_tower(pipe, monkeypatch):
 
 
 def test_equal_tiles_go_through_the_tower_once(pipe, monkeypatch):
-    seen, session = [], pipe._tile_features.session
-    monkeypatch.setattr(pipe._tile_features, "session", lambda pixels: seen.append(len(pixels)) or session(pixels))
+    seen, session = [], pipe.tile_features.session
+    monkeypatch.setattr(pipe.tile_features, "session", lambda pixels: seen.append(len(pixels)) or session(pixels))
     pipe.features([pipe.encode(Request("x"))])
     request = Request("What?", images=[picture("tall_360x640.png"), picture("tall_360x640.png")], max_tiles=4)
     (both,) = pipe.features([pipe.encode(request)])

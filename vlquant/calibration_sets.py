@@ -28,7 +28,7 @@ from vlquant.events import Event, Report
 from vlquant.fitting import fitting_request, prompt_ids, reaches_answer
 from vlquant.recipe import Recipe
 from vlquant.request import is_file
-from vlquant.runtime.pipeline import position_limit
+from vlquant.runtime.reader import position_limit
 from vlquant.runtime.video import with_frames
 from vlquant.tokenizer import Tokenizer
 

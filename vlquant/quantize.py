@@ -43,7 +43,7 @@ from vlquant.recipe import Recipe
 from vlquant.reference_answers import with_answers
 from vlquant.rehearsal import rehearse
 from vlquant.reload import reload_elsewhere
-from vlquant.runtime.pipeline import require_device
+from vlquant.runtime.reader import require_device
 from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 from vlquant.unfinished import UnfinishedRun, forget_finished, resuming

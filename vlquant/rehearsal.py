@@ -14,7 +14,7 @@ from vlquant.hidden_states import write_states
 from vlquant.layout import layer_prefix, layer_shapes
 from vlquant.quantized_layers import quantize_layer
 from vlquant.recipe import Recipe
-from vlquant.runtime.pipeline import require_device
+from vlquant.runtime.reader import require_device
 
 
 def limit_memory(device: str, vram: float) -> None:
