@@ -7,6 +7,7 @@ import ast
 import base64
 import binascii
 import csv
+import hashlib
 import string
 import sys
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 from vlquant.calib_data.conversations import Conversation, named
 from vlquant.errors import InvalidRequest
+from vlquant.known_sets import QUESTION, known_set
 from vlquant.request import Picture, Request, is_file
 
 MISSING = frozenset(
@@ -26,10 +28,6 @@ MISSING = frozenset(
 LONGEST_REFERENCE = 64
 """An `image` of so few characters is the index of the row that has the picture."""
 PICTURE_COLUMNS = ("image", "image_path")
-SHORT_ANSWERS = (
-    "OCRVQA", "TextVQA", "ChartQA", "DocVQA", "InfoVQA", "OCRBench", "DUDE", "SLIDEVQA", "GQA", "MMLongBench_DOC",
-)  # fmt: skip
-"""Sets, by part of the file's name, of which VLMEvalKit asks InternVL for a single word or phrase."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +42,8 @@ class Row:
     """Its texts by column, without missing values and pictures."""
     shows: str | None
     """Index of the row that has its pictures, or None."""
+    own_pictures: tuple[str | Path, ...]
+    """What its own pictures are known by: the sha256 of their base64, or their files."""
 
 
 class TsvFile:
@@ -76,10 +76,7 @@ class TsvFile:
 
     def pictures(self, row: Row) -> list[Picture]:
         """A row's pictures, or those of the row it refers to: bytes, or paths. Raises InvalidRequest if there are none."""
-        if row.shows is not None:
-            if row.shows not in self._own_pictures:
-                raise InvalidRequest(f"its image is {row.shows!r}, which is no row with a picture; give base64 or such a row's index")
-            row = self._own_pictures[row.shows]
+        row = self._owner(row)
         with self._opened() as file:
             file.seek(row.offset)
             _, _, cells = next(self._cells(file, row.line - 1, row.offset))
@@ -87,6 +84,24 @@ class TsvFile:
         if "image" in own:
             return [picture_bytes(text) for text in listed(own["image"])]
         return [self._place(name) for name in listed(own["image_path"])] if "image_path" in own else []
+
+    def shown(self, row: Row) -> tuple[str | Path, ...]:
+        """What a row's pictures are known by, which is not read again; raises InvalidRequest as `pictures` does."""
+        return self._owner(row).own_pictures
+
+    def _owner(self, row: Row) -> Row:
+        """The row that holds a row's pictures."""
+        if row.shows is None:
+            return row
+        if row.shows not in self._own_pictures:
+            raise InvalidRequest(f"its image is {row.shows!r}, which is no row with a picture; give base64 or such a row's index")
+        return self._own_pictures[row.shows]
+
+    def _known_by(self, own: dict[str, str]) -> tuple[str | Path, ...]:
+        """What the pictures that a row holds itself are known by."""
+        if "image" in own:
+            return tuple(hashlib.sha256(text.encode()).hexdigest() for text in listed(own["image"]))
+        return tuple(map(self._place, listed(own["image_path"]))) if "image_path" in own else ()
 
     def _place(self, name: str) -> Path:
         """A picture's file: beside the TSV, or where VLMEvalKit puts the pictures it takes out of one."""
@@ -123,8 +138,8 @@ class TsvFile:
         if "question" not in texts:
             raise InvalidRequest(f"{self.path}, line {line}: the question is missing; fill it in, or take the row out")
         shows = picture if picture is not None and len(picture) <= LONGEST_REFERENCE else None
-        self.rows.append(Row(line, offset, texts, shows))
-        if shows is None and (picture is not None or "image_path" in own):
+        self.rows.append(Row(line, offset, texts, shows, self._known_by(own) if shows is None else ()))
+        if self.rows[-1].own_pictures:
             self._own_pictures[index] = self.rows[-1]
 
     def _cells(self, file: BinaryIO, lines: int, offset: int) -> Iterator[tuple[int, int, list[str]]]:
@@ -172,12 +187,20 @@ def picture_bytes(text: str) -> bytes:
         raise InvalidRequest(f"its image is no base64 ({error}); give a base64 picture or another row's index") from None
 
 
+def options_of(cells: dict[str, str]) -> tuple[tuple[str, str], ...]:
+    """The options (letter, text) of a row."""
+    return tuple((letter, cells[letter]) for letter in string.ascii_uppercase if letter in cells)
+
+
 def prompt_of(cells: dict[str, str], set_name: str) -> str:
     """The question as VLMEvalKit asks InternVL: after its hint, with options, with what kind of answer is wanted."""
-    options = [f"{letter}. {cells[letter]}" for letter in string.ascii_uppercase if letter in cells]
-    question = "\n".join([*filter(None, [cells.get("hint")]), cells["question"], *options])
+    known, options = known_set(set_name), options_of(cells)
+    lines = [f"{letter}. {text}" for letter, text in options]
+    question = "\n".join([*filter(None, [cells.get("hint")]), cells["question"], *lines])
+    chinese = any("\u4e00" <= character <= "\u9fff" for character in question)
     if options:
-        chinese = any("\u4e00" <= character <= "\u9fff" for character in question)
         return question + ("\n请直接回答选项字母。" if chinese else "\nAnswer with the option's letter from the given choices directly.")
-    short = any(name.lower() in set_name.lower() for name in SHORT_ANSWERS)
-    return question + "\nAnswer the question using a single word or phrase." * short
+    if known.metric == "choice":
+        return question + ("\n请直接回答问题。" if chinese else "\nAnswer the question directly.")
+    is_region = "<ref>" in known.prompt and "<ref>" in question
+    return question if is_region else known.prompt.replace(QUESTION, question)

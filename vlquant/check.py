@@ -10,6 +10,7 @@ from statistics import fmean
 
 from vlquant.bundle import Manifest, find_bundle, read_manifest
 from vlquant.calib_data import demo_model
+from vlquant.calib_data.check_sets import SCENES
 from vlquant.calib_data.conversations import picture_name
 from vlquant.calib_data.samples import KINDS, Sample, samples, set_hash
 from vlquant.errors import InvalidRequest, OutputRefused, VlquantError
@@ -23,8 +24,6 @@ from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Interval, decide, paired_i
 
 MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""
-SCENES = 800
-"""Scenes of the default set, about 2,800 questions."""
 EXIT_CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 4}
 HASHED_BYTES = 1 << 28
 """Files of a reference up to this size are compared by hash, larger ones only by name."""
