@@ -27,13 +27,13 @@ from vlquant.calib_data.samples import KINDS, CalibrationScenes, Sample, samples
 from vlquant.calibrate import CalibrationInputs, calibration_inputs
 from vlquant.decoder import LINEARS, DecoderLayer, FloatLinear
 from vlquant.events import silent
+from vlquant.intervals import student_quantile
 from vlquant.judge import question_groups
 from vlquant.model import Model, open_model
 from vlquant.packing import dequantize_gptq
 from vlquant.recipe import Recipe
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Pipeline, load
-from vlquant.verdict import student_quantile
 
 SEEDS = range(5)
 WITH_PICTURES = [kind for kind in KINDS if kind != "text_only"]

@@ -15,12 +15,13 @@ from vlquant.calib_data.conversations import picture_name
 from vlquant.calib_data.samples import KINDS, Sample, samples, set_hash
 from vlquant.errors import InvalidRequest, OutputRefused, VlquantError
 from vlquant.events import Event, Report, silent
+from vlquant.intervals import Interval, paired_interval, pictures_needed
 from vlquant.judge import Judged, judge
 from vlquant.model import resolve_model
 from vlquant.publishing import write_whole
 from vlquant.runtime.pipeline import load
 from vlquant.shards import file_hash
-from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Interval, decide, paired_interval, pictures_needed
+from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, decide
 
 MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""

@@ -4,7 +4,8 @@ from rich.console import Console
 from rich.table import Table
 
 from vlquant.check import CheckResult
-from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Interval
+from vlquant.intervals import Interval
+from vlquant.verdict import FAIL, INCONCLUSIVE, PASS
 
 STYLES = {PASS: "bold green", FAIL: "bold red", INCONCLUSIVE: "bold yellow"}
 
@@ -15,7 +16,7 @@ def print_check(result: CheckResult, console: Console) -> None:
     console.print(f"{result.questions} questions about {result.pictures} scenes of the built-in check set")
     console.print(kind_table(result))
     console.print(f"score        {points(result.reference_score)} -> {points(result.quantized_score)}  (mean over scenes)")
-    console.print(f"difference   {interval_text(result.difference)} points (95 % interval, paired by scene)")
+    console.print(f"difference   {interval_text(result.difference)} points (95 % confidence of each bound, paired by scene)")
     console.print(
         f"answers      mean KL {result.divergence:.4f} nats, same likeliest token {100 * result.top_agreement:.2f} %"
     )

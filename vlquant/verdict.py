@@ -1,38 +1,155 @@
-"""From paired scores to an interval and a verdict. Arithmetic only.
+"""From measured differences to a verdict with named grounds. Arithmetic only: no models, no files.
 
-Answers about one picture are not independent, so the unit is the picture: its mean difference.
+Scores, differences and margins are fractions of 1; sentences speak of points, and "surely" is 95 % confidence of that
+bound. `asdict` makes JSON of every record.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+
+from vlquant.intervals import (
+    CONFIDENCE,
+    Interval,
+    Moments,
+    bound,
+    failure_probability,
+    holm,
+    paired_interval,
+    pictures_needed,
+    ratio_values,
+)
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
-CONFIDENCE = 0.95
+PASSED, FAILED, NOT_DECIDED, UNINFORMATIVE = "passed", "failed", "not decided", "uninformative"
+"""Outcomes of a kind of question."""
+KIND_OUTCOMES = {PASS: PASSED, FAIL: FAILED, INCONCLUSIVE: NOT_DECIDED}
+STRUCTURE, DISTRIBUTION, ACCURACY = "structure", "distribution", "accuracy"
+"""Grounds of a FAIL."""
+INFORMATIVE_SCORES = (0.40, 0.97)
+"""A kind whose reference scores outside decides nothing: nearly all its answers are wrong, or too easy to lose."""
 
 
 @dataclass(frozen=True)
-class Interval:
-    """A mean difference with its confidence interval, as fractions of 1 (quantized minus reference)."""
+class DistributionLimits:
+    """How far the likelihoods of answer tokens may be from the reference's."""
 
-    mean: float
-    low: float
-    high: float
+    divergence: float
+    """Largest mean KL(reference || quantized) in nats."""
+    top_agreement: float
+    """Smallest share of tokens with the same likeliest token."""
 
 
-def paired_interval(differences: Sequence[float]) -> Interval:
-    """95 % t-interval of the mean of per-picture differences in -1 .. 1.
+LIMITS = {8: DistributionLimits(0.01, 0.985), 4: DistributionLimits(0.06, 0.95), 3: DistributionLimits(0.25, 0.88)}
+"""By bits per weight; an average between 4 and 8 is held to the limits of 4, whose linears it has."""
 
-    One pseudo-picture at -1 and one at +1 are added, which keeps the interval honest when few or no answers
-    flip (Bonett and Price's adjustment): without them five pictures without a flip would prove anything.
+
+@dataclass(frozen=True)
+class AnswerTokens:
+    """What teacher forcing found at the answer tokens of one picture's questions."""
+
+    tokens: int
+    divergence: float
+    """Sum over the tokens, in nats."""
+    same_top: int
+    """Tokens with the same likeliest token."""
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """Means over all answer tokens, and the bounds that are held against the limits."""
+
+    divergence: float
+    divergence_low: float
+    """What the mean KL surely exceeds."""
+    top_agreement: float
+    top_agreement_high: float
+    """What the agreement surely stays below."""
+    limits: DistributionLimits
+
+
+@dataclass(frozen=True)
+class KindScores:
+    """What was measured on one kind of question."""
+
+    kind: str
+    reference: float
+    """The reference's score."""
+    differences: tuple[float, ...]
+    """Per picture, quantized minus reference."""
+    margin: float | None = None
+    """Largest acceptable drop; None: the overall one."""
+
+
+@dataclass(frozen=True)
+class KindVerdict:
+    """What is known of one kind of question."""
+
+    kind: str
+    outcome: str
+    reason: str
+    reference: float
+    difference: Interval
+    margin: float
+    pictures: int
+    pictures_needed: int | None
+    """About how many would decide; only when not decided."""
+    probability: float | None
+    """p-value against a drop within the margin, adjusted for the number of informative kinds; None if uninformative."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """One reason for a FAIL."""
+
+    name: str
+    """"structure", "distribution" or "accuracy"."""
+    reason: str
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """The outcome with everything it rests on."""
+
+    outcome: str
+    reason: str
+    grounds: tuple[Ground, ...]
+    """Every ground of a FAIL; empty otherwise."""
+    difference: Interval
+    margin: float
+    pictures: int
+    pictures_needed: int | None
+    """About how many would decide; only when INCONCLUSIVE, None if no number would."""
+    kinds: tuple[KindVerdict, ...]
+    distribution: Distribution | None
+
+
+def reach_verdict(
+    differences: Sequence[float],
+    margin: float,
+    *,
+    kinds: Sequence[KindScores] = (),
+    distribution: Distribution | None = None,
+    structure: Sequence[str] = (),
+) -> Verdict:
+    """FAIL on any ground, else PASS if the drop over all pictures is surely within `margin`, else INCONCLUSIVE.
+
+    differences: per picture, -1 .. 1; structure: one sentence for each difference of prompt ids, tiles or stop ids.
+    Kinds that are not decided and distributions within their limits do not stand in the way of a PASS.
     """
-    padded = [*differences, -1.0, 1.0]
-    count = len(padded)
-    reach = student_quantile(0.5 + CONFIDENCE / 2, count - 1) * stdev(padded) / math.sqrt(count)
-    center = fmean(padded)
-    mean = fmean(differences) if differences else 0.0
-    return Interval(mean, max(-1.0, center - reach), min(1.0, center + reach))
+    interval = paired_interval(differences)
+    decided = decide(interval, margin)
+    by_kind = judge_kinds(kinds, margin)
+    grounds = [Ground(STRUCTURE, each) for each in structure]
+    grounds += [Ground(DISTRIBUTION, each) for each in distribution_faults(distribution)]
+    if decided == FAIL:
+        grounds.append(Ground(ACCURACY, f"over all pictures {drop_text(interval, margin, FAIL)}"))
+    grounds += [Ground(ACCURACY, f"{each.kind}: {each.reason}") for each in by_kind if each.outcome == FAILED]
+    outcome = FAIL if grounds else decided
+    needed = pictures_needed(differences, margin) if outcome == INCONCLUSIVE else None
+    reason = "; ".join(f"{ground.name}: {ground.reason}" for ground in grounds) or drop_text(interval, margin, decided)
+    if outcome == INCONCLUSIVE:
+        reason += needed_text(needed, "pictures")
+    return Verdict(outcome, reason, tuple(grounds), interval, margin, len(differences), needed, by_kind, distribution)
 
 
 def decide(interval: Interval, margin: float) -> str:
@@ -42,35 +159,112 @@ def decide(interval: Interval, margin: float) -> str:
     return FAIL if interval.high < -margin else INCONCLUSIVE
 
 
-def pictures_needed(differences: Sequence[float], margin: float) -> int | None:
-    """About how many pictures would decide, if mean and spread stay as they are; None if no number would."""
-    distance = abs((fmean(differences) if differences else 0.0) + margin)
-    if distance < 1e-9:
-        return None
-    variance = stdev(differences) ** 2 if len(differences) > 1 else 0.0
-    quantile = student_quantile(0.5 + CONFIDENCE / 2, 1000)
-    # Solves quantile * sqrt(count * variance + 2) / count = distance; the 2 is the pseudo-pictures' share.
-    spread = quantile**2 * variance
-    return math.ceil((spread + math.sqrt(spread**2 + 8 * (quantile * distance) ** 2)) / (2 * distance**2))
+def judge_kinds(kinds: Sequence[KindScores], margin: float) -> tuple[KindVerdict, ...]:
+    """What each kind of question shows at its own margin, or at `margin` if it has none.
+
+    FAILs are adjusted by Holm's method, or among ten kinds of a good model one would soon fail by chance. That all
+    kinds passed needs no such care: each has to show it by itself.
+    """
+    informative = [each for each in kinds if is_informative(each)]
+    adjusted = iter(holm([failure_probability(each.differences, margin_of(each, margin)) for each in informative]))
+    return tuple(
+        judge_kind(each, margin_of(each, margin), next(adjusted), among=len(informative))
+        if is_informative(each)
+        else uninformative_kind(each, margin_of(each, margin))
+        for each in kinds
+    )
 
 
-def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t for `probability` > 0.5, by bisection over its integrated density."""
-    low, high = 0.0, 1e4
-    for _ in range(80):
-        middle = (low + high) / 2
-        if 0.5 + student_area(middle, freedom) < probability:
-            low = middle
-        else:
-            high = middle
-    return (low + high) / 2
+def is_informative(scores: KindScores) -> bool:
+    """Whether the reference leaves room to lose answers and has enough to lose."""
+    return INFORMATIVE_SCORES[0] <= scores.reference <= INFORMATIVE_SCORES[1]
 
 
-def student_area(limit: float, freedom: int, steps: int = 400) -> float:
-    """Area under Student's density from 0 to `limit`: Simpson's rule after t = sqrt(freedom) * tan(angle)."""
-    log_scale = math.lgamma((freedom + 1) / 2) - math.lgamma(freedom / 2) - math.log(math.pi) / 2
-    end = math.atan(limit / math.sqrt(freedom))
-    width = end / steps
-    weights = [1, *[4 if index % 2 else 2 for index in range(1, steps)], 1]
-    heights = [math.cos(index * width) ** (freedom - 1) for index in range(steps + 1)]
-    return math.exp(log_scale) * width / 3 * sum(a * b for a, b in zip(weights, heights, strict=True))
+def judge_kind(scores: KindScores, margin: float, probability: float, *, among: int) -> KindVerdict:
+    """An informative kind; `probability` is adjusted for `among` of them."""
+    interval, needed = paired_interval(scores.differences), None
+    decided = decide(interval, margin)
+    if decided == FAIL and probability >= 1 - CONFIDENCE:
+        decided = INCONCLUSIVE
+    reason = drop_text(interval, margin, decided)
+    if decided == INCONCLUSIVE:
+        # The strictest of Holm's levels: which one this kind will get depends on the others.
+        strictest = 1 - (1 - CONFIDENCE) / among
+        needed = pictures_needed(scores.differences, margin, fail_confidence=strictest)
+        reason += needed_text(needed, "pictures of this kind")
+    outcome = KIND_OUTCOMES[decided]
+    count = len(scores.differences)
+    return KindVerdict(scores.kind, outcome, reason, scores.reference, interval, margin, count, needed, probability)
+
+
+def uninformative_kind(scores: KindScores, margin: float) -> KindVerdict:
+    """A kind that the reference itself masters or fails."""
+    too_low = scores.reference < INFORMATIVE_SCORES[0]
+    meaning = "it cannot do this itself" if too_low else "hardly an answer is near enough to the edge to be lost"
+    reason = f"the reference scores {100 * scores.reference:.1f}: {meaning}"
+    interval, count = paired_interval(scores.differences), len(scores.differences)
+    return KindVerdict(scores.kind, UNINFORMATIVE, reason, scores.reference, interval, margin, count, None, None)
+
+
+def margin_of(scores: KindScores, margin: float) -> float:
+    """The kind's own margin, or the overall one."""
+    return margin if scores.margin is None else scores.margin
+
+
+def judge_distribution(pictures: Sequence[AnswerTokens], bits: float) -> Distribution:
+    """Means over the answer tokens of at least one picture, and what is sure about them from picture to picture.
+
+    Few tokens are no proof: the bounds are taken as if one more picture had agreed entirely.
+    """
+    tokens = [each.tokens for each in pictures]
+    divergences = ratio_values([each.divergence for each in pictures], tokens)
+    agreements = ratio_values([each.same_top for each in pictures], tokens)
+    return Distribution(
+        divergence=sum(each.divergence for each in pictures) / sum(tokens),
+        divergence_low=max(0.0, float(bound(Moments.of(divergences), (0.0,), side=-1))),
+        top_agreement=sum(each.same_top for each in pictures) / sum(tokens),
+        top_agreement_high=min(1.0, float(bound(Moments.of(agreements), (1.0,), side=1))),
+        limits=limits_for(bits),
+    )
+
+
+def limits_for(bits: float) -> DistributionLimits:
+    """The limits of the largest listed width that is not above `bits`; below 3 bits, those of 3."""
+    return LIMITS[max((width for width in LIMITS if width <= bits), default=min(LIMITS))]
+
+
+def distribution_faults(distribution: Distribution | None) -> list[str]:
+    """A sentence for every limit that is surely broken."""
+    if distribution is None:
+        return []
+    limits, faults = distribution.limits, []
+    if distribution.divergence_low > limits.divergence:
+        faults.append(
+            f"the mean KL divergence is {distribution.divergence:.4f} nats, surely above "
+            f"{distribution.divergence_low:.4f}: beyond the limit of {limits.divergence:g}"
+        )
+    if distribution.top_agreement_high < limits.top_agreement:
+        faults.append(
+            f"{100 * distribution.top_agreement:.2f} % of answer tokens have the same likeliest token, "
+            f"surely below {100 * distribution.top_agreement_high:.2f} %: "
+            f"under the limit of {100 * limits.top_agreement:g} %"
+        )
+    return faults
+
+
+def drop_text(interval: Interval, margin: float, outcome: str) -> str:
+    """What is known of a difference beside its margin."""
+    low, high = 100 * interval.low, 100 * interval.high
+    known = {
+        PASS: f"surely no worse than {low:+.2f}: within the margin of {100 * margin:g}",
+        FAIL: f"surely worse than {high:+.2f}: beyond the margin of {100 * margin:g}",
+        INCONCLUSIVE: f"somewhere between {low:+.2f} and {high:+.2f}: the margin of {100 * margin:g} is not decided",
+    }[outcome]
+    return f"the score changed by {100 * interval.mean:+.2f} points, {known}"
+
+
+def needed_text(needed: int | None, pictures: str) -> str:
+    """What would decide."""
+    if needed is None:
+        return f"; no number of {pictures} would decide, for the drop is the margin"
+    return f"; about {needed} {pictures} would decide"
