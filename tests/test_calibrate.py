@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from vlquant.activations import InputRecorder, pass_on, record_inputs, run_half, watched
+from vlquant.activations import WIDE, GramSum, InputRecorder, pass_on, record_inputs, run_half, watched
 from vlquant.calib_data.conversations import Conversation
 from vlquant.calib_data.samples import CalibrationScenes
 from vlquant.calibrate import ANSWER, PICTURE, CalibrationInputs, encode_conversation
@@ -145,7 +145,7 @@ def test_both_ways_to_add_up_the_drift_give_the_same(shape):
 
 
 def test_only_the_first_conversations_and_the_judging_ones_are_compared(monkeypatch):
-    """Hessian of all that decide; drift, and its own Hessian, of those that run through the float model too."""
+    """Hessian of all that decide; drift of those that run through the float model too, which stand for all."""
     monkeypatch.setattr("vlquant.calibrate.COMPARED_TOKENS", 50)
     classes = tuple(torch.tensor([0, 0, 1, 2]) for _ in range(40))
     inputs = CalibrationInputs(None, classes, 8)
@@ -161,9 +161,33 @@ def test_only_the_first_conversations_and_the_judging_ones_are_compared(monkeypa
     compared = [index for index in deciding if index in inputs.compared]
     assert len(compared) == 13
     torch.testing.assert_close(seen.hessian, sum(rows[index].T @ rows[index] for index in deciding))
-    torch.testing.assert_close(seen.compared, sum(rows[index].T @ rows[index] for index in compared), rtol=1e-4, atol=1e-3)
-    torch.testing.assert_close(seen.drift, sum((torch.ones(4, 8) @ recorder.weight.T).T @ rows[index] for index in compared), rtol=1e-4, atol=1e-3)
+    drift = sum((torch.ones(4, 8) @ recorder.weight.T).T @ rows[index] for index in compared)
+    torch.testing.assert_close(seen.drift, drift * len(deciding) / len(compared), rtol=1e-4, atol=1e-3)
     assert torch.equal(seen.judging.floats, seen.judging.rows + 1) and len(seen.judging.rows) == 8
+
+
+def test_sums_in_eight_bits(monkeypatch):
+    """Wide inputs with giant columns and tokens: every entry is as near as 8 bits of its two columns are, and no square is negative."""
+    monkeypatch.setattr("vlquant.activations.has_byte_products", lambda: True)
+    generator = torch.Generator().manual_seed(4)
+    rows = torch.randn(600, WIDE, generator=generator) * torch.rand(WIDE, generator=generator).mul(6).exp()
+    rows[:, 3] = 0
+    rows[5] *= 20
+    total = GramSum(WIDE, like=rows)
+    assert total.in_eight_bits
+    for part in rows.split(250):
+        total.add_rows(part)
+    found, wanted = total.whole().double(), rows.double().T @ rows.double()
+    scale = wanted.diagonal().sqrt().clamp(min=1e-30)
+    apart = ((found - wanted) / scale[:, None] / scale).abs()
+    assert apart.max() < 0.02 and apart.square().mean().sqrt() < 0.002
+    assert ((found - found.T) / scale[:, None] / scale).abs().max() < 1e-6
+    assert not found[3].any()
+    assert torch.linalg.eigvalsh(found / scale[:, None] / scale).min() > -1e-4
+
+
+def test_narrow_inputs_are_summed_as_they_are():
+    assert not GramSum(WIDE - 1, like=torch.zeros(1)).in_eight_bits
 
 
 def test_a_picture_keeps_its_tiles_when_its_answer_has_been_written(small_case):

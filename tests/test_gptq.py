@@ -229,7 +229,7 @@ def test_a_weight_is_compensated_as_far_as_unseen_inputs_gain(most, lost):
     drift = ((floats - rows)[seen] @ weight.T).T @ rows[seen]
     judging = JudgingInputs(rows[unseen], floats[unseen], torch.ones(80), torch.zeros(80, dtype=torch.long))
     hessian = rows[seen].T @ rows[seen]
-    target, share = compensated(weight, SeenInputs(hessian, drift, hessian, judging), gptq.invert(hessian, 0.05), most=most)
+    target, share = compensated(weight, SeenInputs(hessian, drift, judging), gptq.invert(hessian, 0.05), most=most)
     errors = [float((floats[unseen] @ weight.T - rows[unseen] @ each.T).norm()) for each in (weight, target)]
     assert 0 <= share <= most and errors[1] < errors[0]
     if lost == "linearly":

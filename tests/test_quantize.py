@@ -188,7 +188,7 @@ def test_gptq_falls_back_loudly(tmp_path, monkeypatch):
     def not_finite(*inputs, **where):
         seen, floats = record(*inputs, **where)
         broken = seen.hessian * torch.nan
-        return dataclasses.replace(seen, hessian=broken, compared=broken), floats
+        return dataclasses.replace(seen, hessian=broken), floats
 
     events, record = [], quantizing.record_inputs
     monkeypatch.setattr(quantizing, "record_inputs", not_finite)

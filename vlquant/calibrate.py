@@ -36,9 +36,9 @@ PICTURE, PROMPT, ANSWER = range(3)
 CLASSES = ("vision", "prompt", "answer")
 """How the manifest names them."""
 TILES_AT_ONCE = 8
-JUDGES_OF_CLASS = 1024
+JUDGES_OF_CLASS = 512
 """Most tokens of a class by which roundings are compared."""
-COMPARED_TOKENS = 8_192
+COMPARED_TOKENS = 6_144
 """So many deciding tokens, those of the first conversations, also run through the float model, and all judging ones."""
 CLASSES_FILE = "classes.json"
 HOLD_OUT_EVERY = 16

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 import vlquant
+from vlquant.activations import has_byte_products
 from vlquant.bit_choice import choose_bits
 from vlquant.bundle import (
     MANIFEST,
@@ -106,7 +107,7 @@ def quantize(
 
 def machine() -> dict:
     """What else decides the last bits of the weights."""
-    return {"libraries": library_versions(), "threads": torch.get_num_threads()}
+    return {"libraries": library_versions(), "threads": torch.get_num_threads(), "byte products": has_byte_products()}
 
 
 def quantize_layers(

@@ -132,9 +132,10 @@ def quantize_stage(
 ) -> Iterator[tuple[str, gptq.Rounding, ModuleRecord]]:
     """Round the weights of linears that share their inputs, as one stack: by name the rounding, and what it cost."""
     stacked = torch.cat(list(weights.values()))
-    compared = None if seen.drift is None else gptq.invert(seen.compared, recipe.damping)
-    target, share = (stacked, None) if compared is None else compensated(stacked, seen, compared, most=recipe.compensation)
-    inverse = compared if compared and seen.compared is seen.hessian else gptq.invert(seen.hessian, recipe.damping)
+    inverse = gptq.invert(seen.hessian, recipe.damping)
+    target, share = stacked, None
+    if seen.drift is not None and inverse is not None:
+        target, share = compensated(stacked, seen, inverse, most=recipe.compensation)
     rounding = gptq.quantize_weight(target, seen.hessian.diagonal(), inverse, bits=bits, group_size=recipe.group_size)
     rows = [len(weight) for weight in weights.values()]
     parts = zip(
@@ -150,7 +151,7 @@ def quantize_stage(
 def compensated(weight: Tensor, seen: SeenInputs, inverse: gptq.Inverse, *, most: float) -> tuple[Tensor, float]:
     """A weight [out, in] that makes up for the error of what came before, as far as unseen inputs gain by it; and that share.
 
-    inverse: of the compared inputs' Hessian; most: the largest share.
+    most: the largest share.
     """
     whole, judging = gptq.compensation(seen.drift, inverse), seen.judging
     missing, given = (judging.floats - judging.rows) @ weight.T, judging.rows @ whole.T
