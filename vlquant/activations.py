@@ -179,41 +179,35 @@ class InputRecorder:
         self.drift: Tensor | None = None
         self.mass, self.compared_mass = 0.0, 0.0
         """Sums of the weights of all inputs, and of those that are compared with the float model's."""
-        self.waiting: list[Tensor] = []
-        self.compared: list[Tensor] = []
-        self.missing: list[Tensor] = []
+        self.waiting, self.missing = RowBuffer(like=weight), RowBuffer(like=weight)
         self.kept: list[tuple[Tensor, ...]] = []
 
     def add(self, rows: Tensor, floats: Tensor | None, classes: Tensor, *, judging: Tensor, adds_up: bool) -> None:
         """Take one conversation's inputs [length, in], here and, if known, in the float model; `judging`: positions to keep."""
-        norms = rows.square().sum(1)
+        norms = torch.linalg.vector_norm(rows, dim=1).square()  # Without a copy of all rows.
         cap = (LARGEST_NORM * norms.median() / norms.clamp(min=torch.finfo(norms.dtype).tiny)).clamp(max=1)
         weights = self.token_weights[classes] * cap
         if len(judging):
             known = rows, rows if floats is None else floats, weights * self.stands_for[classes], classes
             self.kept.append(tuple(each[judging.to(rows.device)] for each in known))
         if adds_up:
+            if floats is None and self.missing.filled or self.waiting.filled + len(rows) > ROWS_AT_ONCE:
+                self.add_waiting()  # What waits together is compared, or none of it.
             root = weights.sqrt()[:, None]
             self.mass += float(weights.sum())
-            self.waiting.append(rows * root)
+            torch.mul(rows, root, out=self.waiting.more(len(rows)))
             if floats is not None:
                 self.compared_mass += float(weights.sum())
-                self.missing.append((floats - rows).mul_(root))
-                self.compared.append(self.waiting[-1])
-        if sum(map(len, self.waiting)) >= ROWS_AT_ONCE:
-            self.add_waiting()
+                torch.sub(floats, rows, out=self.missing.more(len(rows))).mul_(root)
 
     def add_waiting(self) -> None:
         """Add what waits."""
-        if not self.waiting:
-            return
-        rows, self.waiting = torch.cat(self.waiting), []
-        self.hessian.add_rows(rows)
-        if self.missing:
-            missing, compared = torch.cat(self.missing), torch.cat(self.compared)
-            self.missing, self.compared = [], []
-            update = (missing @ self.weight.T if self.projects else missing).T @ compared
+        rows, missing = self.waiting.take(), self.missing.take()
+        if len(missing):
+            update = (missing @ self.weight.T if self.projects else missing).T @ rows
             self.drift = update if self.drift is None else self.drift.add_(update)
+        if len(rows):
+            self.hessian.add_rows(rows)
 
     def seen(self) -> SeenInputs:
         """The whole sums."""
@@ -222,6 +216,27 @@ class InputRecorder:
         if drift is not None:
             drift *= self.mass / self.compared_mass
         return SeenInputs(self.hessian.whole(), drift, JudgingInputs(*map(torch.cat, zip(*self.kept, strict=True))))
+
+
+class RowBuffer:
+    """Rows written one after the other into the same memory: fresh memory costs more than what is done with it (page faults)."""
+
+    def __init__(self, like: Tensor):
+        self.rows, self.filled = like.new_empty(0, like.shape[1]), 0
+
+    def more(self, count: int) -> Tensor:
+        """The next `count` rows, to be written."""
+        start, self.filled = self.filled, self.filled + count
+        if self.filled > len(self.rows):
+            larger = self.rows.new_empty(max(self.filled, ROWS_AT_ONCE), self.rows.shape[1])
+            larger[:start] = self.rows[:start]
+            self.rows = larger
+        return self.rows[start : self.filled]
+
+    def take(self) -> Tensor:
+        """All that was written, valid until more is."""
+        rows, self.filled = self.rows[: self.filled], 0
+        return rows
 
 
 class GramSum:
@@ -237,13 +252,14 @@ class GramSum:
         self.in_eight_bits = like.device.type == "cpu" and size >= WIDE and has_byte_products()
 
     def add_rows(self, rows: Tensor) -> None:
-        """Add inputs [tokens, size]."""
+        """Add inputs [tokens, size], which are used up."""
         if not self.in_eight_bits:
             for first, last in self.blocks:
                 self.sums[first:last, first:].addmm_(rows[:, first:last].T, rows[:, first:])
             return
-        steps = rows.abs().amax(0).div_(127).clamp_(min=torch.finfo(rows.dtype).tiny)
-        codes = rows.div(steps).round_().to(torch.int8)
+        lowest, highest = rows.aminmax(dim=0)
+        steps = torch.maximum(-lowest, highest).div_(127).clamp_(min=torch.finfo(rows.dtype).tiny)
+        codes = rows.div_(steps).round_().to(torch.int8)
         for first, last in self.blocks:
             products = torch._int_mm(codes[:, first:last].T, codes[:, first:])
             self.sums[first:last, first:].addcmul_(products.to(steps.dtype).mul_(steps[first:]), steps[first:last, None])
