@@ -23,20 +23,22 @@ from safetensors.torch import load_file
 from vlquant import activations, gptq, quantized_layers
 from vlquant.bundle import ModuleRecord
 from vlquant.calib_data import demo_model
-from vlquant.calib_data.samples import KINDS, CalibrationScenes, Sample, samples
+from vlquant.calib_data.samples import KINDS, CalibrationScenes, draw_sample, sample_request
 from vlquant.calibrate import CalibrationInputs, calibration_inputs
 from vlquant.decoder import LINEARS, DecoderLayer, FloatLinear
 from vlquant.events import silent
 from vlquant.intervals import student_quantile
-from vlquant.judge import question_groups
 from vlquant.model import Model, open_model
 from vlquant.packing import dequantize_gptq
 from vlquant.recipe import Recipe
+from vlquant.request import Request
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Pipeline, load
 
 SEEDS = range(5)
 WITH_PICTURES = [kind for kind in KINDS if kind != "text_only"]
+ROWS = 48
+"""Questions answered side by side."""
 Weights = list[dict[str, torch.Tensor]]
 """Of every layer, float32 by linear."""
 
@@ -99,9 +101,8 @@ class Judge:
         self.pipeline = load(demo_model(), vision="torch")
         self.layers = self.pipeline.decoder.layers
         self.groups = []
-        drawn = samples(split, pictures, seed=1, kinds=WITH_PICTURES)
-        for asked in question_groups(self.pipeline, (one_question(sample, index) for index, sample in enumerate(drawn))):
-            encoded = [each.encoded for each in asked]
+        for start in range(0, pictures, ROWS):
+            encoded = [self.pipeline.encode(one_request(split, index)) for index in range(start, min(start + ROWS, pictures))]
             features = self.pipeline.features(encoded)
             answers = [each.ids for each in self.pipeline.batch(encoded, Generation(max_new_tokens=40), features=features)]
             wanted = [torch.log_softmax(row.double(), -1) for row in self.pipeline.answer_logits(encoded, answers, features=features)]
@@ -125,9 +126,10 @@ class Judge:
         return self.pipeline
 
 
-def one_question(sample: Sample, index: int) -> Sample:
-    """A sample with one of its questions: pictures are what is independent."""
-    return replace(sample, questions=(sample.questions[index % len(sample.questions)],))
+def one_request(split: str, index: int) -> Request:
+    """One of the questions about a picture: pictures are what is independent."""
+    sample = draw_sample(split, index, seed=1, kinds=WITH_PICTURES)
+    return sample_request(sample, sample.questions[index % len(sample.questions)])
 
 
 def fresh_inputs(model: Model, folder: Path, recipe: Recipe) -> CalibrationInputs:

@@ -20,6 +20,7 @@ from vlquant.calib_data.tsv import TsvFile, prompt_of
 from vlquant.calibrate import ANSWER, PICTURE, encode_conversation
 from vlquant.calibration_sets import choose_conversations
 from vlquant.check import check
+from vlquant.check_options import CheckOptions
 from vlquant.errors import InvalidRequest, MissingDependency, OutputRefused, VlquantError
 from vlquant.events import silent
 from vlquant.quantize import quantize
@@ -322,8 +323,8 @@ def test_check_refuses_pictures_that_were_calibrated_on(packable, tmp_path):
         rows.append({"image": names, "conversations": spoken(sample.questions[0].text, sample.questions[0].answer)})
     path = write_jsonl(tmp_path / "leaked.jsonl", *rows)
     bundle = quantize(packable.folder, recipe=Recipe(calibration=path, samples=4, **SETTINGS), output=tmp_path / "out")
-    with pytest.raises(InvalidRequest, match="calibrated on pictures of this check set .* another --seed"):
-        check(bundle, reference=packable.folder, scenes=4)
+    with pytest.raises(InvalidRequest, match="calibrated on a picture of builtin check/0/0/.* another --set or --seed"):
+        check(bundle, reference=packable.folder, options=CheckOptions(limit=4))
 
 
 def test_manifests_without_pictures_still_read():

@@ -1,5 +1,6 @@
-"""`vlquant check` on a small checkpoint: what it finds, writes and refuses; arithmetic on made-up answers."""
+"""`vlquant check` on a small checkpoint: what it finds, writes, keeps and refuses."""
 
+import csv
 import io
 import json
 import shutil
@@ -8,20 +9,23 @@ import pytest
 from rich.console import Console
 
 from vlquant.bundle import read_manifest
-from vlquant.calib_data.samples import samples
-from vlquant.check import check, find_reference, summarize
+from vlquant.calib_data.samples import draw_sample
+from vlquant.check import check
+from vlquant.check_options import CheckOptions
+from vlquant.check_result import read_result, to_json
 from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.inspect import check_line, inspect
-from vlquant.judge import Judged, judge
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.runtime.pipeline import load
-from vlquant.verdict import FAIL, INCONCLUSIVE, PASS
+from vlquant.reference import find_reference
+from vlquant.runtime.pipeline import Pipeline
+from vlquant.verdict import FAIL, INCONCLUSIVE, STRUCTURE
 
+from tests import planted
 from tests.golden_folder import golden_folder
 
 GOLDEN = golden_folder()
-ABOUT = {"bundle": "b", "reference": "r", "vision": "onnx", "set": {}}
+FEW = CheckOptions(limit=12, max_new_tokens=6)
 
 
 @pytest.fixture(scope="module")
@@ -37,40 +41,166 @@ def bundle(checkpoint, tmp_path_factory):
     return quantize(checkpoint, recipe=recipe, output=tmp_path_factory.mktemp("bundles") / "tiny")
 
 
-def judged(picture: str, before: float, after: float, kind: str = "text") -> Judged:
-    answers = ("x" if before else "y"), ("x" if after else "z")
-    return Judged(picture, kind, "?", "x", *answers, before, after, divergence=0.5, same_top=1, tokens=2)
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
 
 
-def test_a_model_beside_itself_loses_nothing(checkpoint):
-    pipeline = load(checkpoint, vision="torch")
-    rows = judge(pipeline, {"itself": pipeline}, samples("check", 11))["itself"]
-    assert len(rows) > 20
-    assert all(row.reference == row.quantized and row.same_top == row.tokens for row in rows)
-    assert max(row.divergence for row in rows) < 1e-6
+@pytest.fixture
+def asked(monkeypatch):
+    """Questions that models answer by themselves, one entry per batch."""
+    batches, batch = [], Pipeline.batch
+
+    def count(pipeline, requests, *options, **features):
+        batches.append(len(requests))
+        return batch(pipeline, requests, *options, **features)
+
+    monkeypatch.setattr(Pipeline, "batch", count)
+    return batches
 
 
 def test_check_writes_what_it_found(bundle, checkpoint):
-    result = check(bundle, reference=checkpoint, scenes=6)
-    assert result.vision == "torch (vision not checked)"
-    assert result.verdict == INCONCLUSIVE and result.exit_code == 4 and result.pictures_needed > 6
-    assert result.divergence > 1e-4 and 0 < result.top_agreement <= 1
-    (path,) = (bundle / "checks").iterdir()
-    first = path.read_bytes()
-    assert json.loads(first)["questions"] == result.questions
-    check(bundle, reference=checkpoint, scenes=6)
-    assert [each.read_bytes() for each in (bundle / "checks").iterdir()] == [first]
+    result = check(bundle, reference=checkpoint, options=FEW)
+    assert result.vision == "torch (vision not checked)" and result.forced_text == "reference"
+    assert result.questions >= 12 and result.sets[0].name == "builtin" and len(result.sets[0].sha256) == 64
+    assert result.distribution.mean_divergence > 1e-4 and 0 < result.distribution.top_agreement <= 1
+    assert sum(each.tokens for each in result.histogram) == result.distribution.tokens
+    assert result.blame.vision is None and result.blame.language_model > 0
+    assert result.noise_floor.divergence < 1e-6
+    assert {each.kind for each in result.kinds} >= {"document", "receipt"}
+    assert result.layers[0].error > 0 and set(result.layers[0].class_errors) == {"vision", "prompt", "answer"}
+    (place,) = (bundle / "checks").iterdir()
+    assert {path.name for path in place.iterdir()} == {"report.json", "report.html", "builtin-reference.tsv", "builtin-bundle.tsv"}
+    assert read_result(place / "report.json") == result and "<html" in (place / "report.html").read_text()
+
+
+def test_the_same_check_gives_the_same_bytes_and_asks_nothing_twice(bundle, checkpoint, asked):
+    def files():
+        return {path.name: path.read_bytes() for path in (bundle / "checks").glob("*/*")}
+
+    shutil.rmtree(bundle / "checks", ignore_errors=True)
+    check(bundle, reference=checkpoint, options=FEW)
+    first, batches = files(), len(asked)
+    check(bundle, reference=checkpoint, options=FEW)
+    assert files() == first
+    repeated = asked[batches:]
+    assert max(repeated) <= 5  # Only the noise floor is measured anew.
+
+
+def test_a_float_copy_loses_nothing(bundle, checkpoint, tmp_path):
+    result = check(planted.float_bundle(bundle, checkpoint, tmp_path / "float"), reference=checkpoint, options=FEW)
+    assert result.distribution.mean_divergence < 1e-6 and result.distribution.top_agreement == 1
+    assert result.generated.flips.changed == 0 and result.verdict.difference.mean == 0
+    assert result.verdict.outcome == INCONCLUSIVE and result.exit_code == 4 and result.verdict.pictures_needed > 100
+
+
+def test_another_prompt_is_a_fault_of_structure(bundle, checkpoint, tmp_path):
+    folder = planted.copied(bundle, tmp_path / "parrot")
+    planted.set_system_message(folder, "You are a parrot.")
+    result = check(folder, reference=checkpoint, options=FEW)
+    assert (result.verdict.outcome, result.exit_code) == (FAIL, 3)
+    assert {each.name for each in result.verdict.grounds} == {STRUCTURE}
+    assert "token ids differ" in result.verdict.reason and result.distribution is None
+
+
+def test_tiles_in_another_order_are_a_fault_of_structure(bundle, checkpoint, tmp_path):
+    folder = planted.copied(bundle, tmp_path / "turned")
+    with planted.tiles_turned(folder, 1):
+        result = check(folder, reference=checkpoint, options=FEW)
+    assert any(each.name == STRUCTURE and "tiles show something else" in each.reason for each in result.verdict.grounds)
+
+
+def test_models_that_do_not_fit_are_compared_along_right_answers(bundle, checkpoint, asked):
+    remarks = []
+    options = CheckOptions(limit=12, memory=0.0001)
+    result = check(bundle, reference=checkpoint, options=options, report=lambda event: remarks.append(event.message))
+    assert asked == [] and result.forced_text == "gold" and result.generated is None and result.noise_floor is None
+    assert result.distribution.mean_divergence > 1e-4 and result.verdict.outcome == INCONCLUSIVE
+    assert "no answers of both models were scored" in result.verdict.reason
+    assert sum("would take about" in remark for remark in remarks) == 2
+    assert check_line(next((bundle / "checks").glob("*/report.json")))
+
+
+def test_answers_made_elsewhere(bundle, checkpoint, tmp_path, asked):
+    result = check(bundle, reference=checkpoint, options=FEW)
+    (place,) = (path.parent for path in (bundle / "checks").glob("*/report.json") if read_result(path) == result)
+    shutil.copy(place / "builtin-reference.tsv", tmp_path / "made.tsv")
+    asked.clear()
+    options = CheckOptions(limit=12, max_new_tokens=6, reference_predictions=str(tmp_path / "made.tsv"))
+    imported = check(bundle, reference=checkpoint, options=options)
+    assert imported.forced_text == "imported" and asked == [] and imported.noise_floor is None
+    assert imported.generated.reference == result.generated.reference
+    assert imported.generated.flips == result.generated.flips
+    rows = list(csv.DictReader(open(tmp_path / "made.tsv", newline=""), delimiter="\t"))
+    assert len(rows) == result.questions and {"index", "question", "answer", "prediction"} <= set(rows[0])
+    (tmp_path / "made.tsv").write_text("index\tquestion\tprediction\n")
+    with pytest.raises(InvalidRequest, match="no prediction for"):
+        check(bundle, reference=checkpoint, options=options)
+
+
+def test_an_interrupted_check_goes_on(bundle, checkpoint, asked, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vlquant.check.measure", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            check(bundle, reference=checkpoint, options=FEW)
+    asked.clear()
+    check(bundle, reference=checkpoint, options=FEW)
+    assert max(asked) <= 5
+
+
+def write_set(folder, count=4, answers=True):
+    """A VLMEvalKit file about scenes of the development split."""
+    import base64
+
+    rows = []
+    for index in range(count):
+        sample, picture = draw_sample("development", index), io.BytesIO()
+        sample.images[0].save(picture, "PNG")
+        question = sample.questions[0]
+        row = {"index": index, "image": base64.b64encode(picture.getvalue()).decode(), "question": question.text, "category": f"c{index % 2}"}
+        rows.append(row | ({"answer": question.answer} if answers else {}))
+    path = folder / "Mine_DocVQA.tsv"
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0], delimiter="\t")
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+def test_several_sets(bundle, checkpoint, tmp_path):
+    options = CheckOptions(sets=("builtin", str(write_set(tmp_path))), limit=4, max_new_tokens=6)
+    result = check(bundle, reference=checkpoint, options=options)
+    assert [(each.name, each.metrics) for each in result.sets][1] == ("Mine_DocVQA", ("anls",))
+    assert {"c0", "c1"} <= {each.kind for each in result.kinds}
+
+
+def test_questions_without_answers_tell_how_far_distributions_are_apart(bundle, checkpoint, tmp_path):
+    options = CheckOptions(sets=(str(write_set(tmp_path, answers=False)),), max_new_tokens=6)
+    result = check(bundle, reference=checkpoint, options=options)
+    assert result.generated is None and result.distribution.tokens > 0 and result.forced_text == "reference"
+    assert all(each.verdict is None and each.flips is not None for each in result.kinds)
+    without = check(bundle, reference=checkpoint, options=CheckOptions(sets=options.sets, max_new_tokens=6, memory=0.0001))
+    assert without.distribution is None and without.verdict.outcome == INCONCLUSIVE
 
 
 def test_inspect_tells_what_a_check_found(bundle, checkpoint):
-    result = check(bundle, reference=checkpoint, scenes=2)
+    result = check(bundle, reference=checkpoint, options=FEW)
     with Console(record=True, width=100, file=io.StringIO()) as console:
         inspect(bundle, console=console)
     lines = [line for line in console.export_text().splitlines() if line.startswith("checked: ")]
-    assert any(f"{result.verdict}, {100 * result.difference.mean:+.2f} [" in line for line in lines)
-    assert any(f"{result.questions} questions about 2 scenes" in line for line in lines)
+    difference = result.verdict.difference
+    assert any(f"{result.verdict.outcome}, {100 * difference.mean:+.2f} [" in line and "pictures of builtin" in line for line in lines)
     with pytest.raises(BrokenCheckpoint, match="run vlquant check again"):
         check_line(bundle / "config.json")
+
+
+def test_a_result_can_be_read_again(bundle, checkpoint):
+    text = to_json(check(bundle, reference=checkpoint, options=FEW))
+    assert json.loads(text)["format_version"] == 2 and not any(word in text for word in ("NaN", "Infinity", str(bundle)))
 
 
 def test_another_checkpoint_is_not_the_reference(bundle, checkpoint, tmp_path):
@@ -78,7 +208,7 @@ def test_another_checkpoint_is_not_the_reference(bundle, checkpoint, tmp_path):
     shutil.copytree(checkpoint, other)
     (other / "config.json").write_text((other / "config.json").read_text() + "\n")
     with pytest.raises(InvalidRequest, match="config.json differs"):
-        check(bundle, reference=other, scenes=1)
+        check(bundle, reference=other, options=FEW)
 
 
 def test_the_reference_is_found_beside_the_bundle_and_never_fetched(bundle, checkpoint, monkeypatch, tmp_path):
@@ -98,41 +228,29 @@ def test_the_reference_is_found_beside_the_bundle_and_never_fetched(bundle, chec
 
 
 def test_a_result_that_cannot_be_stored_is_not_lost(bundle, checkpoint, tmp_path):
-    folder, remarks = tmp_path / "bundle", []
-    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns("checks"))
+    folder, remarks = planted.copied(bundle, tmp_path / "bundle"), []
     (folder / "checks").write_text("in the way")
-    result = check(folder, reference=checkpoint, scenes=1, report=remarks.append)
+    result = check(folder, reference=checkpoint, options=FEW, report=remarks.append)
     assert result.questions > 0
     assert any("this result is not stored" in str(remark.message) for remark in remarks)
 
 
-@pytest.mark.parametrize("points", [-1, 101, float("nan")])
-def test_margins_that_mean_nothing_are_refused(bundle, checkpoint, points):
-    with pytest.raises(InvalidRequest, match="--max-drop 0 to 100"):
-        check(bundle, reference=checkpoint, scenes=1, max_drop=points)
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"max_drop": -1}, "--max-drop 0 to 100"),
+        ({"max_drop": 101}, "--max-drop 0 to 100"),
+        ({"max_drop": float("nan")}, "--max-drop 0 to 100"),
+        ({"memory": -1}, "--memory 0 or more"),
+        ({"sets": ()}, "--set builtin"),
+        ({"sets": ("builtin", "a.tsv"), "reference_predictions": "x.tsv"}, "one by one"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(fields, said):
+    with pytest.raises(InvalidRequest, match=said):
+        CheckOptions(**fields)
 
 
-def test_no_scenes_are_too_few(bundle, checkpoint):
-    with pytest.raises(InvalidRequest, match="too few"):
-        check(bundle, reference=checkpoint, scenes=0)
-
-
-def test_scores_are_means_over_pictures():
-    rows = [judged("a", 1, 1), judged("a", 1, 0), judged("b", 1, 1), judged("c", 0, 1, kind="chart")]
-    result = summarize(rows, margin=1.5, about=ABOUT)
-    assert (result.pictures, result.questions) == (3, 4)
-    assert result.reference_score == pytest.approx(2 / 3)
-    assert result.quantized_score == pytest.approx((0.5 + 1 + 1) / 3)
-    assert result.difference.mean == pytest.approx((-0.5 + 0 + 1) / 3)
-    kinds = {each.kind: each for each in result.kinds}
-    assert (kinds["text"].lost, kinds["text"].won, kinds["text"].changed) == (1, 0, 1)
-    assert (kinds["chart"].lost, kinds["chart"].won) == (0, 1)
-    assert result.divergence == pytest.approx(0.5) and result.top_agreement == pytest.approx(0.5)
-
-
-@pytest.mark.parametrize(("lost", "verdict"), [(0, PASS), (8, INCONCLUSIVE), (100, FAIL)])
-def test_verdicts(lost, verdict):
-    rows = [judged(str(index), 1, 0 if index < lost else 1) for index in range(600)]
-    result = summarize(rows, margin=1.5, about=ABOUT)
-    assert result.verdict == verdict
-    assert (result.pictures_needed is not None) == (verdict == INCONCLUSIVE)
+def test_no_questions_are_too_few(bundle, checkpoint):
+    with pytest.raises(InvalidRequest, match="--limit 1 or more"):
+        check(bundle, reference=checkpoint, options=CheckOptions(limit=0))

@@ -9,12 +9,13 @@ import pytest
 from typer.testing import CliRunner
 
 import vlquant
+from vlquant.check_options import CheckOptions
 from vlquant.cli import app
 from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "prompt", "tiles", "trace", "synthesize", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "bisect", "compare", "prompt", "tiles", "trace", "synthesize", "inspect"]
 
 
 @pytest.fixture
@@ -175,17 +176,42 @@ def test_chat_without_options_leaves_the_defaults_to_the_records(stand_in):
     assert keywords["generation"] == Generation()
 
 
+CHECK_OPTIONS = [
+    "--reference", "original", "--max-drop", 2.5, "--limit", 9, "--seed", 3, "--set", "builtin", "--set", "a.tsv", "--metric", "anls",
+    "--memory", 5, "--max-new-tokens", 7, "--device", "cuda",
+]  # fmt: skip
+CHECKED_WITH = CheckOptions(
+    sets=("builtin", "a.tsv"), limit=9, seed=3, metric="anls", max_drop=2.5, memory=5.0, max_new_tokens=7, device="cuda"
+)
+
+
 @pytest.mark.parametrize("code", [0, 3, 4])
 def test_check_passes_every_option_and_its_verdict_is_the_exit_code(stand_in, code):
     calls = stand_in("vlquant.check", "check", result=SimpleNamespace(exit_code=code))
-    printed = stand_in("vlquant.check_table", "print_check")
-    options = ["--reference", "original", "--max-drop", 2.5, "--scenes", 9, "--seed", 3]
-    assert run("check", "bundle", *options).exit_code == code
+    printed = stand_in("vlquant.check_table", "print_result")
+    assert run("check", "bundle", *CHECK_OPTIONS).exit_code == code
     [((bundle,), keywords)] = calls
-    del keywords["report"]
-    assert bundle == "bundle"
-    assert keywords == {"reference": "original", "max_drop": 2.5, "scenes": 9, "seed": 3}
+    assert (bundle, keywords["reference"], keywords["options"]) == ("bundle", "original", CHECKED_WITH)
     assert len(printed) == 1
+
+
+def test_bisect_takes_the_options_of_check(stand_in):
+    calls, printed = stand_in("vlquant.bisect", "bisect"), stand_in("vlquant.bisect", "print_bisection")
+    assert run("bisect", "bundle", *CHECK_OPTIONS).exit_code == 0
+    [((bundle,), keywords)] = calls
+    assert (bundle, keywords["reference"], keywords["options"]) == ("bundle", "original", CHECKED_WITH)
+    assert len(printed) == 1
+
+
+def test_compare_is_called(stand_in):
+    from vlquant.request import Request
+    from vlquant.runtime.generate import Generation
+
+    calls = stand_in("vlquant.compare", "compare")
+    assert run("compare", "a", "b", "What?", "--image", "c.png", "--max-new-tokens", 5, "--max-tiles", 2).exit_code == 0
+    [((models, request), keywords)] = calls
+    assert (models, request) == (("a", "b"), Request("What?", images=("c.png",)))
+    assert keywords == {"generation": Generation(max_new_tokens=5), "device": "cpu", "max_tiles": 2}
 
 
 def test_prompt_and_tiles_are_called(stand_in):

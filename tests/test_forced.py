@@ -18,7 +18,7 @@ def streamed(pipeline, prompts, answers, folder):
     batches = [pipeline.prepare([each]) for each in prompts]
     lengths = write_states(folder / "prompts.f32", (each.embeddings for each in batches))
     embedded = HiddenStates(folder / "prompts.f32", lengths, pipeline.config.decoder.hidden_size)
-    steps = []
+    steps, answers = [], dict(enumerate(answers))
     states = forced_states(
         pipeline.model, embedded, answers, folder=folder, device="cpu", step=lambda *done: steps.append(done)
     )
@@ -62,10 +62,21 @@ def test_a_bundle_beside_its_reference(named_case, tmp_path):
         (tmp_path / name).mkdir()
         states.append(streamed(pipeline, QUESTIONS, answers, tmp_path / name)[1])
     heads = tuple(LogitsHead(each.model) for each in pipelines)
-    apart = list(compare_answers(heads, tuple(states), answers))
+    apart = list(compare_answers(heads, tuple(states), dict(enumerate(answers))))
     assert [len(each.divergence) for each in apart] == [70, 1]
     assert all(bool((each.divergence > 0).all()) for each in apart)
-    itself = list(compare_answers((heads[0], heads[0]), (states[0], states[0]), answers))
+    itself = list(compare_answers((heads[0], heads[0]), (states[0], states[0]), dict(enumerate(answers))))
     assert max(float(each.divergence.max()) for each in itself) < 1e-9
     wanted, given = (each.answer_logits([QUESTIONS[1]], [[7]])[0].double().log_softmax(-1) for each in pipelines)
     assert apart[1].divergence.item() == pytest.approx(float((wanted.exp() * (wanted - given)).sum()), rel=1e-3)
+
+
+@torch.inference_mode()
+def test_some_of_the_prompts(named_case, tmp_path):
+    pipeline = load(named_case("internlm2_internvl2_5").folder, vision="torch")
+    lengths = write_states(tmp_path / "prompts.f32", (pipeline.prepare([each]).embeddings for each in QUESTIONS))
+    prompts = HiddenStates(tmp_path / "prompts.f32", lengths, pipeline.config.decoder.hidden_size)
+    found = forced_states(pipeline.model, prompts, {1: [7, 8]}, folder=tmp_path, device="cpu", step=lambda *done: None)
+    (wanted,) = pipeline.answer_logits(QUESTIONS[1:], [[7, 8]])
+    assert found.lengths == (2,)
+    torch.testing.assert_close(LogitsHead(pipeline.model)(found[0]), wanted, atol=1e-4, rtol=1e-4)

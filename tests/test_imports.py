@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vlquant": "vlquant", "export": "vlquant.export", "runtime": "vlquant.runtime", "calib_data": "vlquant.calib_data"}
 
-COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_inspection", "vlquant.progress", "vlquant.__main__"}
+COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_comparison", "vlquant.cli_inspection", "vlquant.progress", "vlquant.__main__"}
 VERBS = {
     "vlquant.quantize",
     "vlquant.rehearsal",
@@ -23,7 +23,16 @@ VERBS = {
     "vlquant.reference_answers",
     "vlquant.check",
     "vlquant.check_table",
-    "vlquant.judge",
+    "vlquant.check_folder",
+    "vlquant.asking",
+    "vlquant.examination",
+    "vlquant.comparison",
+    "vlquant.blame",
+    "vlquant.findings_summary",
+    "vlquant.forced",
+    "vlquant.bisect",
+    "vlquant.compare",
+    "vlquant.reference",
     "vlquant.controls",
     "vlquant.demo",
     "vlquant.inspect",

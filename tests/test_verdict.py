@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as some
 
-from vlquant.check import EXIT_CODES
+from vlquant.check_result import EXIT_CODES
 from vlquant.intervals import paired_interval
 from vlquant.verdict import (
     ACCURACY,

@@ -3,17 +3,20 @@
 `vlquant.hf_layout` writes the files other programs read, `vlquant.publishing` puts the folder in its place.
 """
 
+import importlib.metadata
 import json
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+import vlquant
 from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 from vlquant.shards import file_hash
 
 MANIFEST = "vlquant.json"
 FORMAT_VERSION = 1
+LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "bitsandbytes")
 
 
 class Record(BaseModel):
@@ -184,3 +187,8 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write vlquant.json: equal manifests give equal bytes."""
     text = json.dumps(manifest.model_dump(mode="json"), indent=2, ensure_ascii=False, sort_keys=True)
     (folder / MANIFEST).write_text(text + "\n", encoding="utf-8")
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what computed the weights."""
+    return {"vlquant": vlquant.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}

@@ -2,234 +2,205 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from itertools import groupby
+import os
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
-from statistics import fmean
 
-from vlquant.bundle import Manifest, find_bundle, read_manifest
-from vlquant.calib_data import demo_model
-from vlquant.calib_data.check_sets import SCENES
-from vlquant.calib_data.conversations import picture_name
-from vlquant.calib_data.samples import KINDS, Sample, samples, set_hash
-from vlquant.errors import InvalidRequest, OutputRefused, VlquantError
+from vlquant.asking import Asked
+from vlquant.bundle import MANIFEST, Manifest, find_bundle, library_versions, read_manifest
+from vlquant.calib_data.check_questions import CheckSet
+from vlquant.calib_data.check_sets import open_check_set
+from vlquant.check_folder import store_check
+from vlquant.check_options import CheckOptions
+from vlquant.check_result import FORMAT_VERSION, AskedSet, CheckResult, NoiseFloor
+from vlquant.comparison import Measured, encoded_answers, measure
+from vlquant.distributions import TokenComparison, summarize_tokens
+from vlquant.errors import InvalidRequest
 from vlquant.events import Event, Report, silent
-from vlquant.intervals import Interval, paired_interval, pictures_needed
-from vlquant.judge import Judged, judge
-from vlquant.model import resolve_model
-from vlquant.publishing import write_whole
-from vlquant.runtime.pipeline import load
+from vlquant.examination import Findings, Side, examine_bundle, examine_reference
+from vlquant.findings_summary import (
+    answer_tokens,
+    differences,
+    disagreements,
+    generated_result,
+    histogram,
+    kind_results,
+    kind_scores,
+    layer_errors,
+    pairs_of,
+)
+from vlquant.hidden_states import HiddenStates
+from vlquant.kept_answers import KeptAnswer
+from vlquant.predictions import read_predictions
+from vlquant.reference import find_reference
+from vlquant.runtime.generate import Generation
 from vlquant.shards import file_hash
-from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, decide
+from vlquant.verdict import INCONCLUSIVE, Verdict, judge_distribution, reach_verdict
 
 MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""
-EXIT_CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 4}
-HASHED_BYTES = 1 << 28
-"""Files of a reference up to this size are compared by hash, larger ones only by name."""
-
-
-@dataclass(frozen=True)
-class KindResult:
-    """Scores of one kind of question, as fractions of 1."""
-
-    kind: str
-    questions: int
-    reference: float
-    quantized: float
-    lost: int
-    """Answers right in the reference, wrong in the bundle."""
-    won: int
-    """The other way round."""
-    changed: int
-    """Answers with another text."""
-
-
-@dataclass(frozen=True)
-class CheckResult:
-    """Everything a check found; scores are means over pictures."""
-
-    bundle: str
-    reference: str
-    vision: str
-    """"onnx", or "torch (vision not checked)"."""
-    set: dict
-    """Name, seed, number of scenes and sha256 of what was asked."""
-    pictures: int
-    questions: int
-    reference_score: float
-    quantized_score: float
-    difference: Interval
-    margin: float
-    """Points."""
-    verdict: str
-    pictures_needed: int | None
-    """About how many pictures would decide; only when INCONCLUSIVE."""
-    divergence: float
-    """Mean KL over the answer tokens in nats."""
-    top_agreement: float
-    """Share of answer tokens with the same likeliest token."""
-    kinds: tuple[KindResult, ...]
-
-    @property
-    def exit_code(self) -> int:
-        """0 passed, 3 failed, 4 inconclusive."""
-        return EXIT_CODES[self.verdict]
+ROOM = 1.25
+"""A loaded model takes so many times the bytes of its files, with what it computes; estimated generously."""
 
 
 def check(
     bundle: str | Path | None = None,
     *,
     reference: str | Path | None = None,
-    max_drop: float | None = None,
-    scenes: int = SCENES,
-    seed: int = 0,
+    options: CheckOptions = CheckOptions(),
     report: Report = silent,
 ) -> CheckResult:
-    """Compare a bundle with the checkpoint it was made from and write checks/ID.json into it.
+    """Compare a bundle with the checkpoint it was made from; writes checks/ID/ into it: report.json, report.html, predictions.
 
-    reference: None finds the source by the name in the manifest; max_drop: points, None by the bundle's bits;
-    scenes: of the built-in check set. The reference runs float weights and the torch vision tower.
-    Raises VlquantError if either cannot be loaded, the reference is not the source, or a picture was calibrated on.
+    reference: None finds the source by the name in the manifest. The reference runs float weights and the torch vision
+    tower. Raises VlquantError if either cannot be loaded, the reference is not the source, or a picture was calibrated on.
     """
-    if max_drop is not None and not 0 <= max_drop <= 100:
-        raise InvalidRequest(f"a drop of {max_drop} points is no margin; give --max-drop 0 to 100")
-    if scenes < 1:
-        raise InvalidRequest(f"{scenes} scenes are too few to check anything; give --scenes 1 or more")
     folder = find_bundle(bundle)
     if folder is None:
         raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
     manifest = read_manifest(folder)
     source = find_reference(manifest, reference, beside=folder)
     report(Event("check", message=f"reference {source}"))
-    margin = MARGINS[manifest.recipe["bits"]] if max_drop is None else max_drop
-    exported = (folder / "vision" / "model.onnx").is_file()
-    if not exported:
-        report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
-    asked = unseen(samples("check", scenes, seed=seed), manifest)
-    original = load(source, vision="torch")
-    quantized = load(folder, vision="onnx" if exported else "torch")
-    judged = judge(original, {"bundle": quantized}, asked, step=count_questions(report, asked))["bundle"]
-    result = summarize(
-        judged,
-        margin=margin,
-        about={
-            "bundle": manifest.name,
-            "reference": manifest.source.name,
-            "vision": "onnx" if exported else "torch (vision not checked)",
-            "set": {"name": "builtin", "seed": seed, "scenes": scenes, "sha256": set_hash("check", scenes, seed=seed)},
-        },
-    )
-    store_result(folder, result, report)
+    sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
+    sides = sides_of(folder, source, manifest, options, report)
+    with tempfile.TemporaryDirectory(prefix="vlquant-check-") as work:
+        findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)
+        measured = measure(sides, findings, prompts, Path(work), options=options, report=report)
+    result = conclude(manifest, sides, sets, findings, measured, options=options)
+    store_check(folder, result, findings, report)
     return result
 
 
-def unseen(drawn: Iterable[Sample], manifest: Manifest) -> list[Sample]:
-    """The scenes to ask about; raises InvalidRequest if the bundle was calibrated on one: it would do too well there."""
-    asked = list(drawn)
-    known = set(manifest.calibration.pictures) if manifest.calibration else set()
-    seen = [sample.key for sample in asked if known and known & set(map(picture_name, sample.images))]
-    if seen:
-        raise InvalidRequest(
-            f"{manifest.name} was calibrated on pictures of this check set ({len(seen)} scenes, the first is {seen[0]}); "
-            "quantize with other pictures, or check with another --seed"
-        )
-    return asked
+def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptions, report: Report) -> tuple[Side, Side]:
+    """Reference and bundle, and whether each may be loaded to answer by itself; what may not is said."""
+    exported = (folder / "vision" / "model.onnx").is_file()
+    if not exported:
+        report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
+    allowed = available_memory() if options.memory is None else int(options.memory * 1e9)
+    answers = {}
+    for name, place in (("the reference", source), ("the bundle", folder)):
+        needed = int(ROOM * sum(path.stat().st_size for path in place.glob("**/*") if path.suffix in (".safetensors", ".data", ".bin")))
+        answers[name] = needed <= allowed
+        if not answers[name]:
+            report(Event("check", message=(
+                f"{name} would take about {needed / 1e9:.1f} GB to answer by itself, {allowed / 1e9:.1f} GB are allowed: "
+                "it is compared along given answers only, layer by layer (--memory allows more)"
+            )))  # fmt: skip
+    own = {MANIFEST: file_hash(folder / MANIFEST)}
+    if exported:
+        own["vision"] = file_hash(folder / "vision" / MANIFEST)
+    answering = answers["the reference"] and options.reference_predictions is None
+    return (
+        Side(source, "torch", manifest.source.files, answering),
+        Side(folder, "onnx" if exported else "torch", own, answers["the bundle"]),
+    )
 
 
-def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path) -> Path:
-    """The folder of the checkpoint that the bundle in `beside` was made from.
-
-    Raises InvalidRequest if `named` is another one, or if there is none of its name here, beside the bundle or among
-    earlier downloads: nothing is fetched that was not asked for.
-    """
-    folder = resolve_model(named) if named is not None else find_source(manifest.source.name, beside)
-    for name, expected in manifest.source.files.items():
-        path = folder / name
-        if not path.is_file() or (path.stat().st_size <= HASHED_BYTES and file_hash(path) != expected):
-            raise InvalidRequest(
-                f"{folder} is not the checkpoint {manifest.name} was made from, for its {name} differs; "
-                "name the right one with --reference, or quantize again"
-            )
-    return folder
-
-
-def find_source(name: str, beside: Path) -> Path:
-    """The folder of the model `name` if it is on this machine; raises InvalidRequest if it is not."""
-    demo = demo_model()
-    if name == demo.name:
-        return demo
-    sibling = beside.resolve().parent / name
+def available_memory() -> int:
+    """Bytes that programs can have now without swapping; all there is where the system does not tell."""
     try:
-        return sibling if sibling.is_dir() else resolve_model(name, network=False)
-    except VlquantError:
-        raise InvalidRequest(f"{name}, which the bundle was made from, is not here; name its folder with --reference") from None
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def store_result(folder: Path, result: CheckResult, report: Report) -> None:
-    """Write the result into the bundle; minutes of work are not thrown away because that is impossible."""
-    try:
-        write_result(folder, result)
-    except OutputRefused as error:
-        report(Event("check", message=f"warning: this result is not stored: {error}"))
+def examine(
+    sides: tuple[Side, Side], sets: Sequence[CheckSet], manifest: Manifest, work: Path, *, options: CheckOptions, report: Report
+) -> tuple[Findings, tuple[HiddenStates, HiddenStates]]:
+    """Show the sets to the reference, then to the bundle; returns what both said, and their embedded prompts in `work`."""
+    findings, total = Findings(), sum(map(len, sets))
+    shared = {"findings": findings, "generation": Generation(max_new_tokens=options.max_new_tokens), "device": options.device}
+    calibrated = frozenset(manifest.calibration.pictures) if manifest.calibration else frozenset()
+    places = [work / "reference", work / "bundle"]
+    for place in places:
+        place.mkdir()
+    first = examine_reference(
+        sides[0], sets, places[0], calibrated=calibrated, step=counting(report, "reference", total), **shared
+    )
+    if options.reference_predictions is not None:
+        findings.reference = imported(Path(options.reference_predictions), findings, sides[0].folder)
+    second = examine_bundle(
+        sides[1], sets, places[1], reference=sides[0].folder, step=counting(report, "bundle", total), **shared
+    )
+    return findings, (first, second)
 
 
-def count_questions(report: Report, asked: Sequence[Sample]) -> Callable[[int], None]:
+def counting(report: Report, stage: str, total: int):
     """What turns finished questions into progress events."""
-    done, total = 0, sum(len(sample.questions) for sample in asked)
+    done = 0
 
     def step(questions: int) -> None:
         nonlocal done
         done += questions
-        report(Event("check", done, total))
+        report(Event(stage, done, total))
 
     return step
 
 
-def summarize(judged: Sequence[Judged], *, margin: float, about: dict) -> CheckResult:
-    """Scores, interval and verdict of judged questions; `margin` in points."""
-    by_picture = [list(group) for _, group in groupby(judged, key=lambda each: each.picture)]
-    reference = [fmean(each.reference_score for each in group) for group in by_picture]
-    quantized = [fmean(each.quantized_score for each in group) for group in by_picture]
-    differences = [after - before for before, after in zip(reference, quantized, strict=True)]
-    interval = paired_interval(differences)
-    verdict = decide(interval, margin / 100)
-    tokens = sum(each.tokens for each in judged)
+def imported(path: Path, findings: Findings, reference: Path) -> list[KeptAnswer]:
+    """The reference's answers from a file, as the reference would have written them."""
+    said = read_predictions(path, {each.question.index: each.question.text for each in findings.asked})
+    ids = encoded_answers([said[each.question.index] for each in findings.asked], findings, reference)
+    return [KeptAnswer(tuple(own), said[each.question.index], False) for each, own in zip(findings.asked, ids, strict=True)]
+
+
+def conclude(
+    manifest: Manifest, sides: tuple[Side, Side], sets: Sequence[CheckSet], findings: Findings, measured: Measured, *,
+    options: CheckOptions,
+) -> CheckResult:  # fmt: skip
+    """The verdict, with everything it rests on."""
+    pairs = pairs_of(findings)
+    verdict = verdict_of(manifest, findings, measured.compared, options)
+    generated = generated_result(pairs)
+    if generated is None and verdict.outcome == INCONCLUSIVE:
+        verdict = replace(verdict, reason=NOT_SCORED, pictures_needed=None)
+    repeated = findings.repeated
     return CheckResult(
-        **about,
-        pictures=len(by_picture),
-        questions=len(judged),
-        reference_score=fmean(reference),
-        quantized_score=fmean(quantized),
-        difference=interval,
-        margin=margin,
+        format_version=FORMAT_VERSION,
+        bundle=manifest.name,
+        bundle_sha256=sides[1].files[MANIFEST],
+        reference=manifest.source.name,
+        reference_sha256=hashlib.sha256(json.dumps(dict(manifest.source.files), sort_keys=True).encode()).hexdigest(),
+        vision=sides[1].vision if sides[1].vision == "onnx" else "torch (vision not checked)",
+        sets=tuple(asked_set(each, findings.asked) for each in sets),
+        seed=options.seed,
+        forced_text=measured.forced_text,
         verdict=verdict,
-        pictures_needed=pictures_needed(differences, margin / 100) if verdict == INCONCLUSIVE else None,
-        divergence=sum(each.divergence * each.tokens for each in judged) / tokens,
-        top_agreement=sum(each.same_top for each in judged) / tokens,
-        kinds=tuple(summarize_kind(kind, judged) for kind in KINDS if any(each.kind == kind for each in judged)),
+        distribution=summarize_tokens(measured.compared.values()),
+        histogram=histogram(measured.compared.values()),
+        generated=generated,
+        kinds=kind_results(findings.asked, pairs, verdict.kinds, measured.compared),
+        noise_floor=None if repeated is None else NoiseFloor(*repeated),
+        blame=measured.blame,
+        layers=layer_errors(manifest),
+        disagreements=tuple(each for _, each in disagreements(pairs)),
+        recipe=manifest.recipe,
+        libraries=library_versions(),
     )
 
 
-def summarize_kind(kind: str, judged: Sequence[Judged]) -> KindResult:
-    """Scores and flips of one kind of question."""
-    mine = [each for each in judged if each.kind == kind]
-    return KindResult(
-        kind=kind,
-        questions=len(mine),
-        reference=fmean(each.reference_score for each in mine),
-        quantized=fmean(each.quantized_score for each in mine),
-        lost=sum(each.reference_score > each.quantized_score for each in mine),
-        won=sum(each.reference_score < each.quantized_score for each in mine),
-        changed=sum(each.reference != each.quantized for each in mine),
-    )
+def verdict_of(manifest: Manifest, findings: Findings, compared: dict[int, TokenComparison], options: CheckOptions) -> Verdict:
+    """What structure, distributions and scores come to."""
+    pairs, bits = pairs_of(findings), manifest.recipe.get("average_bits") or manifest.recipe["bits"]
+    margin = (MARGINS[manifest.recipe["bits"]] if options.max_drop is None else options.max_drop) / 100
+    tokens = answer_tokens(findings.asked, compared)
+    return reach_verdict(
+        differences(pairs), margin, kinds=kind_scores(pairs), structure=findings.structure,
+        distribution=judge_distribution(tokens, bits) if tokens else None,
+    )  # fmt: skip
 
 
-def write_result(folder: Path, result: CheckResult) -> Path:
-    """Write checks/ID.json, where ID tells what was asked: equal checks have equal names."""
-    fields = asdict(result)
-    identity = json.dumps({key: fields[key] for key in ("reference", "vision", "set", "margin")}, sort_keys=True)
-    path = folder / "checks" / f"{hashlib.sha256(identity.encode()).hexdigest()[:12]}.json"
-    write_whole(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")
-    return path
+NOT_SCORED = (
+    "no answers of both models were scored: the distributions alone show no loss, and prove none absent; "
+    "give --memory for both to answer, or --reference-predictions made elsewhere"
+)
+
+
+def asked_set(questions: CheckSet, asked: Sequence[Asked]) -> AskedSet:
+    """What was asked of a set."""
+    own = [each.question for each in asked if each.set == questions.name]
+    metrics = dict.fromkeys(each.metric for each in own if each.metric)
+    return AskedSet(questions.name, questions.sha256, len({each.picture for each in own}), len(own), tuple(metrics))

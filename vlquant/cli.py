@@ -9,17 +9,28 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from vlquant import __version__, cli_inspection
+from vlquant import __version__, cli_comparison, cli_inspection
+from vlquant.check_options import CheckOptions
 from vlquant.cli_options import (
     BUNDLE_DEFAULT,
+    CheckSeedOption,
+    CheckTokensOption,
     DeviceOption,
     FramesOption,
     ImageOption,
+    JsonOption,
+    LimitOption,
+    MaxDropOption,
     MaxTilesOption,
+    MemoryOption,
     MessagesOption,
+    MetricOption,
     ModelArgument,
     OverwriteOption,
+    PredictionsOption,
     PromptOption,
+    ReferenceOption,
+    SetsOption,
     SystemOption,
     TokenizerOption,
     VideoOption,
@@ -149,24 +160,37 @@ def export_vision_command(
 @app.command("check")
 def check_command(
     bundle: Annotated[str | None, typer.Argument(metavar="BUNDLE", help=f"What to check. {BUNDLE_DEFAULT}")] = None,
-    reference: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="The original. Default: the source that the bundle names.")
-    ] = None,
-    max_drop: Annotated[float | None, typer.Option(metavar="POINTS", help="Largest loss that passes. Default: by bits.")] = None,
-    scenes: Annotated[int | None, typer.Option(help="Scenes of the check set to ask about. Default: all.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Another check set of the same kind.")] = None,
+    reference: ReferenceOption = None,
+    sets: SetsOption = list(CheckOptions.sets),
+    limit: LimitOption = None,
+    seed: CheckSeedOption = CheckOptions.seed,
+    metric: MetricOption = None,
+    max_drop: MaxDropOption = None,
+    memory: MemoryOption = None,
+    max_new_tokens: CheckTokensOption = CheckOptions.max_new_tokens,
+    reference_predictions: PredictionsOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
 ) -> None:
     """Measure the loss against the original: exit code 0 passed, 3 failed, 4 inconclusive."""
+    options = CheckOptions(
+        sets=tuple(sets), limit=limit, seed=seed, metric=metric, max_drop=max_drop, memory=memory,
+        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device,
+    )  # fmt: skip
     bundle = bundle_or_demo(bundle)
     from rich.console import Console
 
     from vlquant.check import check
-    from vlquant.check_table import print_check
-    from vlquant.progress import drawn_progress
+    from vlquant.check_result import to_json
+    from vlquant.check_table import print_result
+    from vlquant.progress import drawn_progress, json_progress
 
-    with drawn_progress() as report:
-        result = check(bundle, reference=reference, max_drop=max_drop, report=report, **given(scenes=scenes, seed=seed))
-    print_check(result, Console())
+    with json_progress() if as_json else drawn_progress() as report:
+        result = check(bundle, reference=reference, options=options, report=report)
+    if as_json:
+        typer.echo(to_json(result), nl=False)
+    else:
+        print_result(result, Console())
     raise typer.Exit(result.exit_code)
 
 
@@ -219,6 +243,7 @@ def demo_command(
         demo(folder, report=report)
 
 
+app.add_typer(cli_comparison.app)
 app.add_typer(cli_inspection.app)
 
 

@@ -30,6 +30,30 @@ TokenizerOption = Annotated[str | None, typer.Option(metavar="slow|fast", help="
 PromptOption = Annotated[
     str, typer.Option("--prompt", metavar="original|hf", help="As chat() writes it, or transformers' processor.")
 ]
+ReferenceOption = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="The original. Default: the source that the bundle names.")
+]
+SetsOption = Annotated[
+    list[str],
+    typer.Option(
+        "--set", metavar="SET",
+        help="What to ask: builtin, a .tsv file (VLMEvalKit) or a .jsonl or .json file (InternVL fine-tuning); may be repeated.",
+    ),
+]  # fmt: skip
+LimitOption = Annotated[int | None, typer.Option(help="Questions of each set; pictures are asked about whole. Default: all.")]
+CheckSeedOption = Annotated[int, typer.Option(help="Another built-in set of the same kind, other pictures of a file.")]
+MetricOption = Annotated[
+    str | None, typer.Option(help="How answers are scored: exact, contains, anls, relaxed, vqa, yes_no, choice, box. Default: by the set.")
+]
+MaxDropOption = Annotated[float | None, typer.Option(metavar="POINTS", help="Largest loss that passes. Default: by bits.")]
+MemoryOption = Annotated[
+    float | None, typer.Option(metavar="GB", help="A model that needs more does not answer by itself. Default: what is free.")
+]
+CheckTokensOption = Annotated[int, typer.Option(help="Tokens after which an answer is cut.")]
+PredictionsOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="The original's answers, made elsewhere: a .tsv file (VLMEvalKit).")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Progress and result as JSON, for programs.")]
 
 
 def model_option(help_text: str):

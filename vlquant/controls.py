@@ -5,8 +5,9 @@ Three controls: always the most frequent answer, pictures blanked, tiles in anot
 
 import random
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from statistics import fmean
 from typing import Annotated
 
@@ -16,13 +17,19 @@ from rich.console import Console
 from rich.table import Table
 
 from vlquant.calib_data import demo_model
+from vlquant.calib_data.check_questions import CheckQuestion
+from vlquant.calib_data.check_sets import scene_questions
 from vlquant.calib_data.samples import KINDS, samples
-from vlquant.judge import GENERATION, Asked, question_groups
-from vlquant.metrics import score
+from vlquant.metrics import METRICS
 from vlquant.request import EncodedRequest
+from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import Pipeline, load
 
 Change = Callable[[EncodedRequest], EncodedRequest]
+SCENES_AT_ONCE = 14
+"""About 50 questions."""
+GENERATION = Generation(max_new_tokens=40)
+"""Greedy; the longest right answer of the built-in set has 30 tokens."""
 
 
 @dataclass(frozen=True)
@@ -46,21 +53,31 @@ class KindControls:
 
 def controls(pipeline: Pipeline, *, split: str = "check", scenes: int = 800, seed: int = 0) -> list[KindControls]:
     """Scores and controls of `pipeline` on the built-in set, by kind."""
-    drawn = list(samples(split, scenes, seed=seed))
+    drawn = samples(split, scenes, seed=seed)
     crossing = {(each.key, question.text): question.crosses_tiles for each in drawn for question in each.questions}
     rows: list[dict] = []
-    for asked in question_groups(pipeline, drawn):
-        scores = [answer_scores(pipeline, asked, change) for change in (same, blank_tiles, permute_tiles)]
-        for each, fair, blanked, permuted in zip(asked, *scores, strict=True):
-            crosses = crossing[each.picture, each.text]
-            rows.append({"asked": each, "score": fair, "blanked": blanked, "permuted": permuted, "crossing": crosses})
+    for asked in batches(split, scenes, seed=seed):
+        encoded = [pipeline.encode(each.request) for each in asked]
+        scores = [answer_scores(pipeline, asked, [change(each) for each in encoded]) for change in (same, blank_tiles, permute_tiles)]
+        for each, shown, fair, blanked, permuted in zip(asked, encoded, *scores, strict=True):
+            rows.append({
+                "asked": each, "tiles": shown.tiles_per_image, "score": fair, "blanked": blanked, "permuted": permuted,
+                "crossing": crossing[each.picture, each.text],
+            })  # fmt: skip
     return [summarize_kind(kind, [row for row in rows if row["asked"].kind == kind]) for kind in KINDS]
 
 
-def answer_scores(pipeline: Pipeline, asked: Sequence[Asked], change: Change) -> list[float]:
-    """Scores of greedy answers to changed requests."""
-    answers = pipeline.batch([change(each.encoded) for each in asked], GENERATION)
-    return [score(each.kind, each.answer, answer.text) for each, answer in zip(asked, answers, strict=True)]
+def batches(split: str, scenes: int, *, seed: int) -> Iterator[list[CheckQuestion]]:
+    """Questions of the built-in set, some scenes at a time."""
+    drawn = iter(samples(split, scenes, seed=seed))
+    while some := list(islice(drawn, SCENES_AT_ONCE)):
+        yield [question for sample in some for question in scene_questions(sample)]
+
+
+def answer_scores(pipeline: Pipeline, asked: Sequence[CheckQuestion], encoded: Sequence[EncodedRequest]) -> list[float]:
+    """Scores of greedy answers to requests."""
+    answers = pipeline.batch(encoded, GENERATION)
+    return [METRICS[each.metric](answer.text, each.gold).value for each, answer in zip(asked, answers, strict=True)]
 
 
 def same(encoded: EncodedRequest) -> EncodedRequest:
@@ -85,8 +102,8 @@ def permute_tiles(encoded: EncodedRequest) -> EncodedRequest:
 
 def summarize_kind(kind: str, rows: Sequence[dict]) -> KindControls:
     """Means over the questions of one kind."""
-    answers = Counter(row["asked"].answer for row in rows)
-    several = [count > 1 for row in rows for count in row["asked"].encoded.tiles_per_image]
+    answers = Counter(row["asked"].gold.answers[0] for row in rows)
+    several = [count > 1 for row in rows for count in row["tiles"]]
     return KindControls(
         kind=kind,
         questions=len(rows),

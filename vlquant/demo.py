@@ -9,12 +9,13 @@ from rich.console import Console
 from rich.table import Table
 
 from vlquant.calib_data import demo_model
-from vlquant.calib_data.samples import Sample, draw_sample, sample_request, samples
-from vlquant.check import count_questions, summarize
+from vlquant.calib_data.samples import Sample, draw_sample, sample_request
+from vlquant.check import check
+from vlquant.check_options import CheckOptions
+from vlquant.check_result import CheckResult
 from vlquant.check_table import interval_text, points
 from vlquant.events import Event, Report, silent
 from vlquant.export.vision import export_vision
-from vlquant.judge import Judged, judge
 from vlquant.publishing import require_empty
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
@@ -27,8 +28,8 @@ RECIPES = {
     "GPTQ-8": Recipe(bits=8),
     "NF4": Recipe(method="bnb", bits=4),
 }
-SCENES = 55
-"""About 200 questions: an estimate, no verdict."""
+QUESTIONS = 200
+"""An estimate, no verdict."""
 SHOWN = (0, 1, 2)
 """Scenes of the development split that are shown with both answers: a document, a receipt, a chart."""
 
@@ -46,12 +47,11 @@ def demo(folder: str | Path | None = None, *, console: Console | None = None, re
         report(Event("demo", message=f"{name}: quantizing the language model, exporting the vision tower"))
         bundles[name] = quantize(demo_model(), recipe=recipe, output=place / f"demo-{recipe.label}", report=report)
         export_vision(bundles[name], report=report)
+    report(Event("demo", message="asking the original and all three the same questions"))
+    results = {name: check(bundle, options=CheckOptions(limit=QUESTIONS), report=report) for name, bundle in bundles.items()}
     original = load(demo_model(), vision="torch")
     pipelines = {name: load(bundle) for name, bundle in bundles.items()}
-    asked = list(samples("check", SCENES))
-    report(Event("demo", message="asking the original and all three the same questions"))
-    judged = judge(original, pipelines, asked, step=count_questions(report, asked))
-    print_table(console, bundles, judged, {"reference": original, **pipelines})
+    print_table(console, bundles, results, {"reference": original, **pipelines})
     print_answers(console, place, original, pipelines["GPTQ-4"])
     return place
 
@@ -67,25 +67,24 @@ def make_place(folder: str | Path | None) -> Path:
 
 
 def print_table(
-    console: Console, bundles: dict[str, Path], judged: dict[str, list[Judged]], pipelines: dict[str, Pipeline]
+    console: Console, bundles: dict[str, Path], results: dict[str, CheckResult], pipelines: dict[str, Pipeline]
 ) -> None:
     """Size, score and speed of the original and of every bundle."""
-    results = {name: summarize(rows, margin=1.5, about=ABOUT) for name, rows in judged.items()}
     first = next(iter(results.values()))
     original_bytes = weight_bytes(demo_model())
     table = Table("", box=None, header_style="dim")
     for heading in ("MB", "ratio", "score", "difference [90 %]", "ONNX parity", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     speed = decoding_speed(pipelines["reference"])
-    table.add_row("original", megabytes(original_bytes), "1.00", points(first.reference_score), "", "", f"{speed:.0f}")
+    table.add_row("original", megabytes(original_bytes), "1.00", points(first.generated.reference), "", "", f"{speed:.0f}")
     for name, bundle in bundles.items():
         result, size = results[name], weight_bytes(bundle)
         table.add_row(
             name,
             megabytes(size),
             f"{original_bytes / size:.2f}",
-            points(result.quantized_score),
-            interval_text(result.difference),
+            points(result.generated.quantized),
+            interval_text(result.verdict.difference),
             f"{onnx_difference(bundle):.1e}",
             f"{decoding_speed(pipelines[name]):.0f}",
         )
@@ -93,10 +92,6 @@ def print_table(
     console.print("MB: safetensors; ratio: original to bundle; difference: points, paired by scene", style="dim")
     console.print(table)
     console.print("The vision tower, embeddings and head stay 16 bit; in a model this small they weigh most.", style="dim")
-
-
-ABOUT = {"bundle": "", "reference": "", "vision": "onnx", "set": {}}
-"""The demo prints its own heading; `summarize` only does the arithmetic here."""
 
 
 def print_answers(console: Console, place: Path, original: Pipeline, quantized: Pipeline) -> None:

@@ -3,7 +3,7 @@
 Hidden states lie in files, so that the float reference of a model needs no more memory than one of its layers.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -19,30 +19,30 @@ from vlquant.runtime.linear import Workspace, load_layer, make_linear
 
 ROWS_AT_ONCE = 64
 """Answer tokens whose logits are in memory together: each has one per word of the vocabulary, in double precision."""
+Answers = Mapping[int, Sequence[int]]
+"""Ids of an answer, stop token included, by the number of its prompt."""
 Step = Callable[[int, int], None]
 """Hears how many layers are done, and of how many."""
 
 
 @torch.inference_mode()
 def forced_states(
-    model: Model, prompts: HiddenStates, answers: Sequence[Sequence[int]], *, folder: Path, device: str, step: Step
+    model: Model, prompts: HiddenStates, answers: Answers, *, folder: Path, device: str, step: Step
 ) -> HiddenStates:
     """Hidden states [answer tokens, hidden_size] after the last layer, where each token of each answer is predicted.
 
-    prompts: embedded prompts, visual tokens in place; answers: ids that follow them. Files are made in `folder`.
+    prompts: embedded prompts, visual tokens in place. Files are made in `folder`.
     """
-    workspace, config = Workspace(device), model.config.decoder
+    workspace, config, starts = Workspace(device), model.config.decoder, [prompts.lengths[index] for index in answers]
     states = stored(folder / "layer-00000.f32", embedded_answers(model, prompts, answers), prompts.width)
     for index in range(config.layers):
         layer = load_layer(model, index, workspace)
-        following = (
-            run_layer(layer, rows.to(device), prompt) for rows, prompt in zip(states, prompts.lengths, strict=True)
-        )
+        following = (run_layer(layer, rows.to(device), start) for rows, start in zip(states, starts, strict=True))
         after = stored(folder / f"layer-{index + 1:05}.f32", following, prompts.width)
         states.path.unlink()
         states = after
         step(index + 1, config.layers)
-    ends = (rows[prompt - 1 :] for rows, prompt in zip(states, prompts.lengths, strict=True))
+    ends = (rows[start - 1 :] for rows, start in zip(states, starts, strict=True))
     found = stored(folder / "answers.f32", ends, prompts.width)
     states.path.unlink()
     return found
@@ -53,11 +53,11 @@ def stored(path: Path, states: Iterator[Tensor], width: int) -> HiddenStates:
     return HiddenStates(path, write_states(path, states), width)
 
 
-def embedded_answers(model: Model, prompts: HiddenStates, answers: Sequence[Sequence[int]]) -> Iterator[Tensor]:
+def embedded_answers(model: Model, prompts: HiddenStates, answers: Answers) -> Iterator[Tensor]:
     """Prompts [length, hidden_size] with their answers behind them; the last token is only predicted, never read."""
-    for rows, ids in zip(prompts, answers, strict=True):
+    for index, ids in answers.items():
         known = torch.tensor(ids[:-1], dtype=torch.long)
-        yield torch.cat((rows, model.embedding_rows(known).float())) if len(known) else rows
+        yield torch.cat((prompts[index], model.embedding_rows(known).float())) if len(known) else prompts[index]
 
 
 def run_layer(layer: DecoderLayer, hidden: Tensor, prompt: int) -> Tensor:
@@ -87,10 +87,10 @@ class LogitsHead:
 
 @torch.inference_mode()
 def compare_answers(
-    heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Sequence[Sequence[int]]
+    heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Answers
 ) -> Iterator[TokenComparison]:
     """Reference and bundle, in this order, along each answer."""
-    for wanted, given, ids in zip(*states, answers, strict=True):
+    for wanted, given, ids in zip(*states, answers.values(), strict=True):
         parts = zip(wanted.split(ROWS_AT_ONCE), given.split(ROWS_AT_ONCE), torch.tensor(ids).split(ROWS_AT_ONCE), strict=True)
         compared = [compare_logits(heads[0](first), heads[1](second), own.tolist()) for first, second, own in parts]
         fields = TokenComparison.__dataclass_fields__

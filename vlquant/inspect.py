@@ -1,6 +1,5 @@
 """`vlquant inspect`: what a bundle is, what was done to it and what that cost, readably; with `verify`, whether it is intact."""
 
-import json
 import math
 from pathlib import Path
 
@@ -8,6 +7,7 @@ from rich.console import Console
 from rich.table import Table
 
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
+from vlquant.check_result import read_result
 from vlquant.errors import BrokenCheckpoint
 from vlquant.vision_manifest import VisionManifest, read_vision_manifest
 
@@ -33,7 +33,7 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
         console.print(vision_table(vision))
     else:
         console.print("no exported vision tower: vlquant export-vision writes one")
-    checks = sorted(folder.glob("checks/*.json"))
+    checks = sorted(folder.glob("checks/*/report.json"))
     for path in checks:
         console.print(check_line(path), markup=False, highlight=False, soft_wrap=True)
     if not checks:
@@ -95,14 +95,12 @@ def vision_table(vision: VisionManifest) -> Table:
 
 def check_line(path: Path) -> str:
     """What one check found; raises BrokenCheckpoint if its file is no result."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        mean, low, high = (100 * found["difference"][name] for name in ("mean", "low", "high"))
-        asked = f"{found['questions']} questions about {found['pictures']} scenes, seed {found['set']['seed']}"
-        difference = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points at a margin of {found['margin']:g}"
-        return f"checked: {found['verdict']}, {difference}; {asked}; vision {found['vision']} ({path.name})"
-    except (ValueError, KeyError, TypeError) as error:
-        raise BrokenCheckpoint(f"{path} is no result of a check; remove it and run vlquant check again") from error
+    found = read_result(path)
+    mean, low, high = (100 * getattr(found.verdict.difference, name) for name in ("mean", "low", "high"))
+    asked = f"{found.questions} questions about {found.pictures} pictures of {', '.join(each.name for each in found.sets)}"
+    difference = f"{mean:+.2f} [{low:+.2f}, {high:+.2f}] points at a margin of {100 * found.verdict.margin:g}"
+    scored = difference if found.generated else "no answers scored"
+    return f"checked: {found.verdict.outcome}, {scored}; {asked}, seed {found.seed}; vision {found.vision} ({path.parent.name})"
 
 
 def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | None, *, verify: bool) -> None:

@@ -3,14 +3,12 @@
 Only the linears of the language model are ever quantized; everything else is copied as it is.
 """
 
-import importlib.metadata
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-import vlquant
 from vlquant.activations import has_byte_products
 from vlquant.bit_choice import choose_bits
 from vlquant.bundle import (
@@ -18,6 +16,7 @@ from vlquant.bundle import (
     Calibration,
     Manifest,
     Source,
+    library_versions,
     missing_files,
     read_manifest,
     write_manifest,
@@ -51,7 +50,6 @@ from vlquant.unfinished import UnfinishedRun, forget_finished, resuming
 
 FLOAT16_ROOM = 20_000.0
 """Largest activation that leaves float16, which ends at 65504, room for inputs nobody calibrated on."""
-LIBRARIES = ("torch", "numpy", "safetensors", "tokenizers", "bitsandbytes")
 SOURCE_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer.json", "vocab.json",
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",
@@ -243,11 +241,6 @@ def is_done(output: Path, recipe: Recipe, origin: Source, chosen: ChosenConversa
     same = manifest.recipe == recipe.to_dict() and manifest.source.files == origin.files
     data = manifest.calibration and manifest.calibration.sha256
     return same and data == (chosen and chosen.sha256) and not missing_files(output, manifest)
-
-
-def library_versions() -> dict[str, str]:
-    """Versions of what computed the weights."""
-    return {"vlquant": vlquant.__version__, **{name: importlib.metadata.version(name) for name in LIBRARIES}}
 
 
 def describe_calibration(recipe: Recipe, chosen: ChosenConversations, inputs: CalibrationInputs) -> Calibration:

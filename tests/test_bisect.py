@@ -1,0 +1,80 @@
+"""`vlquant bisect` on a small checkpoint: it names the part that was broken, and nothing where nothing fails."""
+
+import io
+import json
+
+import pytest
+from rich.console import Console
+
+from vlquant.bisect import VISION, Bisection, bisect, print_bisection, search, to_json
+from vlquant.check_options import CheckOptions
+from vlquant.errors import InvalidRequest
+from vlquant.intervals import Interval
+from vlquant.quantize import quantize
+from vlquant.recipe import Recipe
+from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, STRUCTURE, Ground, Verdict
+
+from tests import planted
+from tests.golden_folder import golden_folder
+
+SOURCE = golden_folder() / "internlm2_internvl2_5"
+FEW = CheckOptions(limit=12, max_new_tokens=4)
+
+
+def verdict(outcome: str, ground: str = ACCURACY) -> Verdict:
+    grounds = (Ground(ground, "it is worse"),) if outcome == FAIL else ()
+    return Verdict(outcome, "because", grounds, Interval(0, 0, 0), 0.01, 1, None, (), None)
+
+
+class Made:
+    """Parts of which some are broken: each adds its own divergence, and the FAIL ends without the guilty ones."""
+
+    def __init__(self, divergences: dict, guilty: set, ground: str = ACCURACY):
+        self.divergences, self.guilty, self.ground, self.parts = divergences, guilty, ground, list(divergences)
+
+    def divergence(self, parts):
+        return sum(each for part, each in self.divergences.items() if part not in parts)
+
+    def verdict(self, parts):
+        return verdict(FAIL, self.ground) if self.guilty - parts else verdict(PASS)
+
+
+@pytest.mark.parametrize("guilty", [{2}, {VISION}, {0, 2}, {1}])
+def test_the_smallest_set_is_named(guilty):
+    found = search(Made({VISION: 0.1, 0: 0.2, 1: 0.3, 2: 0.9}, guilty), lambda event: None)
+    names = {part if part == VISION else f"layer {part}" for part in guilty}
+    assert set(found.parts) == names and found.after.outcome == PASS
+    assert [name for name, _ in found.gains] == ["layer 2", "layer 1", "layer 0", VISION]
+    assert dict(found.gains)["layer 2"] == pytest.approx(0.9)
+
+
+def test_without_a_fail_there_is_nothing_to_find():
+    found = search(Made({0: 0.1}, set()), lambda event: None)
+    assert found == Bisection(verdict(PASS), (), verdict(PASS), ())
+
+
+def test_no_part_is_to_blame_for_another_prompt():
+    with pytest.raises(InvalidRequest, match="not read as its reference"):
+        search(Made({0: 0.1}, {0}, STRUCTURE), lambda event: None)
+
+
+def test_what_is_printed():
+    console = Console(file=io.StringIO(), width=100, record=True)
+    found = search(Made({VISION: 0.1, 0: 0.2}, {0}), lambda event: None)
+    print_bisection(found, console)
+    print_bisection(search(Made({0: 0.1}, set()), lambda event: None), console)
+    text = console.export_text()
+    assert "with layer 0 in float: PASS" in text and "-0.20000" in text and "there is nothing to find: PASS" in text
+    assert json.loads(to_json(found))["parts"] == ["layer 0"]
+
+
+def test_a_broken_layer_of_a_real_bundle(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    # Random weights: no score means anything, so that only distributions count.
+    monkeypatch.setattr("vlquant.verdict.LIMITS", {4: __import__("vlquant.verdict").verdict.DistributionLimits(0.05, 0.0)})
+    bundle = quantize(SOURCE, recipe=Recipe(method="rtn", bits=4, group_size=32), output=tmp_path / "bundle")
+    broken = planted.copied(bundle, tmp_path / "broken")
+    planted.scale_layer(broken, 1, 3.0)
+    found = bisect(broken, reference=SOURCE, options=FEW)
+    assert found.before.outcome == FAIL and found.parts == ("layer 1",) and found.after.outcome == INCONCLUSIVE
+    assert bisect(bundle, reference=SOURCE, options=FEW).parts == ()

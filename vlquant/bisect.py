@@ -1,0 +1,213 @@
+"""`vlquant bisect`: the smallest part of a bundle whose return to float ends its FAIL."""
+
+import json
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from vlquant.asking import ROWS
+from vlquant.blame import mean_divergence, spread
+from vlquant.bundle import Manifest, find_bundle, read_manifest
+from vlquant.calib_data.check_sets import open_check_set
+from vlquant.check import examine, sides_of, verdict_of
+from vlquant.check_options import CheckOptions
+from vlquant.comparison import forced_answers
+from vlquant.errors import InvalidRequest
+from vlquant.events import Event, Report, silent
+from vlquant.examination import Findings
+from vlquant.forced import Answers, LogitsHead, compare_answers, forced_states
+from vlquant.hidden_states import HiddenStates
+from vlquant.kept_answers import KeptAnswer
+from vlquant.mixture import Mixture
+from vlquant.model import Model, open_model
+from vlquant.reference import find_reference
+from vlquant.request import EncodedRequest
+from vlquant.runtime.features import TileFeatures
+from vlquant.runtime.generate import Generation
+from vlquant.runtime.linear import load_decoder
+from vlquant.runtime.pipeline import Batch, Pipeline
+from vlquant.runtime.vision_session import MissingVision
+from vlquant.tokenizer import load_tokenizer
+from vlquant.verdict import FAIL, STRUCTURE, Verdict
+
+VISION = "the vision tower"
+Parts = frozenset[int | str]
+"""Numbers of layers of the language model, and VISION."""
+
+
+@dataclass(frozen=True)
+class Bisection:
+    """What was found."""
+
+    before: Verdict
+    parts: tuple[str, ...]
+    """The smallest set whose return to float ends the FAIL; empty: there is no FAIL."""
+    after: Verdict
+    """With these parts in float."""
+    gains: tuple[tuple[str, float], ...]
+    """By part, how many nats of mean divergence its return alone takes away, largest first."""
+
+
+def bisect(
+    bundle: str | Path | None = None,
+    *,
+    reference: str | Path | None = None,
+    options: CheckOptions = CheckOptions(),
+    report: Report = silent,
+) -> Bisection:
+    """Put parts of a bundle back to float, those first whose return helps most, until its check does not fail any more.
+
+    The arguments are those of `check`. Raises InvalidRequest if the bundle reads other prompts than its reference, which
+    no part of it is to blame for, and whatever `check` raises.
+    """
+    folder = find_bundle(bundle)
+    if folder is None:
+        raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
+    manifest = read_manifest(folder)
+    source = find_reference(manifest, reference, beside=folder)
+    sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
+    sides = sides_of(folder, source, manifest, options, report)
+    with tempfile.TemporaryDirectory(prefix="vlquant-bisect-") as work:
+        findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)
+        _, answers = forced_answers(findings, source, were_imported=options.reference_predictions is not None)
+        models = open_model(source), open_model(folder)
+        swaps = Swaps(manifest, models, prompts, findings, answers, Path(work), options)
+        return search(swaps, report)
+
+
+class Swaps:
+    """Judges a bundle some of whose parts are in float again."""
+
+    def __init__(
+        self, manifest: Manifest, models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates],
+        findings: Findings, answers: Answers, work: Path, options: CheckOptions,
+    ):  # fmt: skip
+        self.manifest, self.models, self.prompts = manifest, models, prompts
+        self.findings, self.answers, self.work, self.options = findings, answers, work, options
+        self.heads = tuple(LogitsHead(model, options.device) for model in models)
+        self.parts: list[int | str] = [VISION, *range(models[0].config.decoder.layers)]
+
+    def divergence(self, parts: Parts) -> float:
+        """Mean over the tokens of some answers, in nats."""
+        some = spread(self.answers)
+        with self._states(parts, some) as (wanted, given):
+            return mean_divergence(self.heads, (wanted, given), some)
+
+    def verdict(self, parts: Parts) -> Verdict:
+        """As the check would reach it, answers by the mixture included where the bundle answered."""
+        with self._states(parts, self.answers) as states:
+            compared = dict(zip(self.answers, compare_answers(self.heads, states, self.answers), strict=True))
+        findings = self.findings
+        if findings.quantized and parts:
+            findings = replace(findings, quantized=self._generated(parts))
+        return verdict_of(self.manifest, findings, compared, self.options)
+
+    @contextmanager
+    def _states(self, parts: Parts, answers: Answers) -> Iterator[tuple[HiddenStates, HiddenStates]]:
+        """Hidden states of reference and mixture along answers, as long as they are needed."""
+        with tempfile.TemporaryDirectory(dir=self.work) as first, tempfile.TemporaryDirectory(dir=self.work) as second:
+            shared = {"device": self.options.device, "step": lambda *done: None}
+            yield (
+                forced_states(self.models[0], self.prompts[0], answers, folder=Path(first), **shared),
+                forced_states(self._mixture(parts), self._prompts(parts), answers, folder=Path(second), **shared),
+            )
+
+    def _mixture(self, parts: Parts) -> Mixture:
+        return Mixture(self.models[1], self.models[0], frozenset(part for part in parts if part != VISION))
+
+    def _prompts(self, parts: Parts) -> HiddenStates:
+        return self.prompts[0 if VISION in parts else 1]
+
+    @torch.inference_mode()
+    def _generated(self, parts: Parts) -> list[KeptAnswer]:
+        """Greedy answers of the mixture to the embedded prompts."""
+        mixture, generation = self._mixture(parts), Generation(max_new_tokens=self.options.max_new_tokens)
+        decoder = load_decoder(mixture, self.options.device)
+        pipeline = Pipeline(
+            mixture, load_tokenizer(mixture.folder), decoder=decoder, features=TileFeatures(MissingVision(mixture.folder))
+        )
+        answers, prompts = [], self._prompts(parts)
+        for start in range(0, len(prompts.lengths), ROWS):
+            rows = [prompts[index] for index in range(start, min(start + ROWS, len(prompts.lengths)))]
+            batch = padded(rows, self.options.device)
+            decoding = pipeline.decoding(batch, generation)
+            for _ in decoding:
+                pass
+            answers += [pipeline.answer(batch, row, ids, generation) for row, ids in enumerate(decoding.rows)]
+        return [KeptAnswer(each.ids, each.text, each.usage.ended_by != "stop") for each in answers]
+
+
+def padded(prompts: Sequence[Tensor], device: str) -> Batch:
+    """Embedded prompts [length, hidden_size] side by side, padded on the left."""
+    longest = max(map(len, prompts))
+    embeddings = torch.zeros(len(prompts), longest, prompts[0].shape[1], device=device)
+    mask = torch.zeros(len(prompts), longest, dtype=torch.bool, device=device)
+    for row, prompt in enumerate(prompts):
+        embeddings[row, longest - len(prompt) :] = prompt.to(device)
+        mask[row, longest - len(prompt) :] = True
+    return Batch([NOTHING] * len(prompts), [()] * len(prompts), embeddings, mask, 0.0)
+
+
+NOTHING = EncodedRequest("", [], [], [], "")
+"""What there is to say of a prompt that is embedded already."""
+
+
+def search(swaps: Swaps, report: Report) -> Bisection:
+    """Parts by what their return gains, taken until the FAIL ends, then left out again one by one where it ends without them."""
+    before = swaps.verdict(frozenset())
+    if before.outcome != FAIL:
+        return Bisection(before, (), before, ())
+    if any(ground.name == STRUCTURE for ground in before.grounds):
+        raise InvalidRequest(f"the bundle is not read as its reference ({before.grounds[0].reason}); quantize the model again")
+    whole, gains = swaps.divergence(frozenset()), {}
+    for number, part in enumerate(swaps.parts, 1):
+        gains[part] = whole - swaps.divergence(frozenset((part,)))
+        report(Event("parts back to float", number, len(swaps.parts)))
+    ranked, chosen, after = sorted(swaps.parts, key=lambda part: -gains[part]), frozenset(), before
+    while after.outcome == FAIL and len(chosen) < len(ranked):
+        chosen |= {ranked[len(chosen)]}
+        after = swaps.verdict(chosen)
+        report(Event("bisect", message=f"{after.outcome} with {', '.join(map(part_name, sort_parts(chosen)))} in float"))
+    for part in reversed(ranked[: len(chosen) - 1]):
+        without = swaps.verdict(chosen - {part})
+        if without.outcome != FAIL:
+            chosen, after = chosen - {part}, without
+    return Bisection(
+        before, tuple(map(part_name, sort_parts(chosen))), after, tuple((part_name(part), gains[part]) for part in ranked)
+    )
+
+
+def sort_parts(parts: Parts) -> list[int | str]:
+    """The vision tower first, then layers in order."""
+    return sorted(parts, key=lambda part: -1 if part == VISION else part)
+
+
+def part_name(part: int | str) -> str:
+    """A part in words; layers are counted from 0, as in the manifest."""
+    return part if part == VISION else f"layer {part}"
+
+
+def to_json(found: Bisection) -> str:
+    """A bisection for programs."""
+    return json.dumps(asdict(found), ensure_ascii=False)
+
+
+def print_bisection(found: Bisection, console: Console) -> None:
+    """Say what is to blame, and what each part alone would give back."""
+    if found.before.outcome != FAIL:
+        console.print(f"there is nothing to find: {found.before.outcome}, {found.before.reason}", markup=False, soft_wrap=True)
+        return
+    console.print(f"FAIL: {found.before.reason}", markup=False, soft_wrap=True)
+    table = Table("part in float again", box=None, header_style="dim")
+    table.add_column("mean KL, nats", justify="right")
+    for name, gain in found.gains:
+        table.add_row(name, f"{-gain:+.5f}")
+    console.print(table)
+    console.print(f"with {', '.join(found.parts)} in float: {found.after.outcome}, {found.after.reason}", markup=False, soft_wrap=True)

@@ -1,0 +1,88 @@
+"""Where a bundle's divergence comes from: its exported vision tower, its language model, or both together.
+
+Measured along the same answers with only one of the two as it is in the bundle. Everything lies in files already; one
+decoder layer is in memory.
+"""
+
+import math
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from vlquant.check_result import Blame, WorstTile
+from vlquant.forced import Answers, LogitsHead, Step, compare_answers, forced_states
+from vlquant.hidden_states import HiddenStates
+from vlquant.model import Model
+
+QUESTIONS = 48
+"""Asked for the blame, evenly spread over those with pictures."""
+NO_NOISE = 999.0
+"""Decibels that stand for infinitely many."""
+
+
+def find_blame(
+    models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates], answers: Answers, *, device: str, step: Step
+) -> Blame | None:
+    """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers.
+
+    models, prompts: reference and bundle; answers: of questions with pictures, of which some are taken.
+    """
+    chosen = spread(answers)
+    if not chosen:
+        return None
+    done = 0
+
+    def layers(*_: int) -> None:
+        nonlocal done
+        done += 1
+        step(done, 4 * models[0].config.decoder.layers)
+
+    with tempfile.TemporaryDirectory(prefix="vlquant-blame-") as folder:
+        states = {}
+        for model in (0, 1):
+            for seen in (0, 1):
+                place = Path(folder, f"{model}{seen}")
+                place.mkdir()
+                states[model, seen] = forced_states(
+                    models[model], prompts[seen], chosen, folder=place, device=device, step=layers
+                )
+        heads = tuple(LogitsHead(model, device) for model in models)
+        apart = {
+            (model, seen): mean_divergence((heads[0], heads[model]), (states[0, 0], states[model, seen]), chosen)
+            for model, seen in ((0, 1), (1, 0), (1, 1))
+        }
+    same_features = all(torch.equal(prompts[0][index], prompts[1][index]) for index in chosen)
+    return Blame(len(chosen), None if same_features else apart[0, 1], apart[1, 0], apart[1, 1], None)
+
+
+def spread(answers: Answers) -> dict[int, Sequence[int]]:
+    """At most QUESTIONS of the answers, evenly spread."""
+    numbers = list(answers)
+    return {index: answers[index] for index in numbers[:: max(1, -(-len(numbers) // QUESTIONS))]}
+
+
+def mean_divergence(heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Answers) -> float:
+    """Mean over all answer tokens, in nats."""
+    return float(torch.cat([each.divergence for each in compare_answers(heads, states, answers)]).mean())
+
+
+def worst_tile(
+    keys: Sequence[str], places: Iterable[Tensor], prompts: tuple[HiddenStates, HiddenStates], tokens_per_tile: int
+) -> WorstTile | None:
+    """The tile whose visual tokens in the bundle's prompts are furthest from those in the reference's; None if all are the same.
+
+    keys: of the questions; places: bool [length], where visual tokens stand in each.
+    """
+    worst: WorstTile | None = None
+    for key, own, wanted, given in zip(keys, places, *prompts, strict=True):
+        pairs = zip(wanted[own].split(tokens_per_tile), given[own].split(tokens_per_tile), strict=True)
+        for tile, (right, found) in enumerate(pairs, 1):
+            noise = float((found - right).square().sum())
+            decibels = 10 * math.log10(float(right.square().sum()) / noise) if noise else NO_NOISE
+            if noise and (worst is None or decibels < worst.signal_to_noise):
+                cosine = float(torch.cosine_similarity(right, found, dim=1).min())
+                worst = WorstTile(key, tile, round(decibels, 2), round(cosine, 7))
+    return worst

@@ -1,0 +1,82 @@
+"""Commands that set models beside each other: bisect, compare. They change no bundle."""
+
+from typing import Annotated
+
+import typer
+
+from vlquant.check_options import CheckOptions
+from vlquant.cli_options import (
+    BUNDLE_DEFAULT,
+    CheckSeedOption,
+    CheckTokensOption,
+    DeviceOption,
+    ImageOption,
+    JsonOption,
+    LimitOption,
+    MaxDropOption,
+    MaxTilesOption,
+    MemoryOption,
+    MetricOption,
+    PredictionsOption,
+    ReferenceOption,
+    SetsOption,
+    VideoOption,
+    bundle_or_demo,
+    given,
+    question_of,
+)
+
+app = typer.Typer()
+
+
+@app.command("bisect")
+def bisect_command(
+    bundle: Annotated[str | None, typer.Argument(metavar="BUNDLE", help=f"What failed. {BUNDLE_DEFAULT}")] = None,
+    reference: ReferenceOption = None,
+    sets: SetsOption = list(CheckOptions.sets),
+    limit: LimitOption = None,
+    seed: CheckSeedOption = CheckOptions.seed,
+    metric: MetricOption = None,
+    max_drop: MaxDropOption = None,
+    memory: MemoryOption = None,
+    max_new_tokens: CheckTokensOption = CheckOptions.max_new_tokens,
+    reference_predictions: PredictionsOption = None,
+    device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Name the smallest part of a bundle whose return to float ends the FAIL of its check."""
+    options = CheckOptions(
+        sets=tuple(sets), limit=limit, seed=seed, metric=metric, max_drop=max_drop, memory=memory,
+        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device,
+    )  # fmt: skip
+    bundle = bundle_or_demo(bundle)
+    from rich.console import Console
+
+    from vlquant.bisect import bisect, print_bisection, to_json
+    from vlquant.progress import drawn_progress, json_progress
+
+    with json_progress() if as_json else drawn_progress() as report:
+        found = bisect(bundle, reference=reference, options=options, report=report)
+    if as_json:
+        typer.echo(to_json(found))
+    else:
+        print_bisection(found, Console())
+
+
+@app.command("compare")
+def compare_command(
+    first: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE")],
+    second: Annotated[str, typer.Argument(metavar="MODEL_OR_BUNDLE")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="The question.")],
+    image: ImageOption = None,
+    video: VideoOption = None,
+    max_tiles: MaxTilesOption = None,
+    max_new_tokens: Annotated[int | None, typer.Option(help="Tokens after which an answer is cut.")] = None,
+    device: DeviceOption = "cpu",
+) -> None:
+    """Two models answer the same question side by side: what differs, how fast, in how much memory."""
+    asked = question_of(prompt, None, image, video)
+    from vlquant.compare import compare
+    from vlquant.runtime.generate import Generation
+
+    compare((first, second), asked, generation=Generation(**given(max_new_tokens=max_new_tokens)), device=device, max_tiles=max_tiles)
