@@ -8,7 +8,6 @@ from unittest import mock
 
 import numpy
 import onnx
-import torch
 from safetensors.torch import load_file, save_file
 
 from vlquant import gptq

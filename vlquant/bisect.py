@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -82,17 +83,28 @@ def bisect(
         return search(swaps, report)
 
 
+@dataclass(frozen=True)
 class Swaps:
     """Judges a bundle some of whose parts are in float again."""
 
-    def __init__(
-        self, manifest: Manifest, models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates],
-        findings: Findings, answers: Answers, work: Path, options: CheckOptions,
-    ):  # fmt: skip
-        self.manifest, self.models, self.prompts = manifest, models, prompts
-        self.findings, self.answers, self.work, self.options = findings, answers, work, options
-        self.heads = tuple(LogitsHead(model, options.device) for model in models)
-        self.parts: list[int | str] = [VISION, *range(models[0].config.decoder.layers)]
+    manifest: Manifest
+    models: tuple[Model, Model]
+    """Reference and bundle; so are the prompts they embedded."""
+    prompts: tuple[HiddenStates, HiddenStates]
+    findings: Findings
+    answers: Answers
+    work: Path
+    options: CheckOptions
+
+    @cached_property
+    def heads(self) -> tuple[LogitsHead, LogitsHead]:
+        """Logits of both models."""
+        return tuple(LogitsHead(model, self.options.device) for model in self.models)
+
+    @property
+    def parts(self) -> list[int | str]:
+        """All that can be put back."""
+        return [VISION, *range(self.models[0].config.decoder.layers)]
 
     def divergence(self, parts: Parts) -> float:
         """Mean over the tokens of some answers, in nats."""

@@ -19,7 +19,7 @@ from vlquant.comparison import Measured, encoded_answers, measure
 from vlquant.distributions import TokenComparison, summarize_tokens
 from vlquant.errors import InvalidRequest
 from vlquant.events import Event, Report, silent
-from vlquant.examination import Findings, Side, examine_bundle, examine_reference
+from vlquant.examination import Examination, Findings, Side
 from vlquant.findings_summary import (
     answer_tokens,
     differences,
@@ -112,18 +112,18 @@ def examine(
 ) -> tuple[Findings, tuple[HiddenStates, HiddenStates]]:
     """Show the sets to the reference, then to the bundle; returns what both said, and their embedded prompts in `work`."""
     findings, total = Findings(), sum(map(len, sets))
-    shared = {"findings": findings, "generation": Generation(max_new_tokens=options.max_new_tokens), "device": options.device}
+    examination = Examination(sets, Generation(max_new_tokens=options.max_new_tokens), options.device, findings)
     calibrated = frozenset(manifest.calibration.pictures) if manifest.calibration else frozenset()
     places = [work / "reference", work / "bundle"]
     for place in places:
         place.mkdir()
-    first = examine_reference(
-        sides[0], sets, places[0], calibrated=calibrated, step=counting(report, "reference", total), **shared
+    first = examination.of_reference(
+        sides[0], places[0], calibrated=calibrated, step=counting(report, "reference", total)
     )
     if options.reference_predictions is not None:
         findings.reference = imported(Path(options.reference_predictions), findings, sides[0].folder)
-    second = examine_bundle(
-        sides[1], sets, places[1], reference=sides[0].folder, step=counting(report, "bundle", total), **shared
+    second = examination.of_bundle(
+        sides[1], places[1], reference=sides[0].folder, step=counting(report, "bundle", total)
     )
     return findings, (first, second)
 

@@ -90,29 +90,54 @@ def open_side(side: Side, generation: Generation, device: str) -> Subject:
     return Subject(reader, generation, kept_answers(identity(side.files, **settings)))
 
 
-def examine_reference(
-    side: Side, sets: Sequence[CheckSet], folder: Path, *, findings: Findings, generation: Generation, device: str,
-    calibrated: frozenset[str], step: Step,
-) -> HiddenStates:  # fmt: skip
-    """Show the sets to the reference; returns its embedded prompts, in `folder`.
+@dataclass(frozen=True)
+class Examination:
+    """The same questions for both models."""
 
-    calibrated: pictures by `picture_name` that may not be asked about. Raises InvalidRequest if one is: the bundle would
-    do too well there.
-    """
-    subject = open_side(side, generation, device)
+    sets: Sequence[CheckSet]
+    generation: Generation
+    device: str
+    findings: Findings
 
-    def note(seen: Seen) -> None:
-        for each in seen.questions:
-            require_unseen(each, calibrated)
-        findings.asked += seen.asked
-        findings.prompts += [(each.prompt, list(each.ids)) for each in seen.encoded]
-        findings.tiles += [len(each.tiles) for each in seen.encoded]
-        findings.reference += seen.answers or []
-        if seen.answers and findings.repeated is None:
-            findings.repeated = len(seen.asked), *repeat_otherwise(subject.pipeline, seen, generation)
-        step(len(seen.asked))
+    def of_reference(self, side: Side, folder: Path, *, calibrated: frozenset[str], step: Step) -> HiddenStates:
+        """Show the sets to the reference; returns its embedded prompts, in `folder`.
 
-    return subject.show(sets, folder, note=note)
+        calibrated: pictures by `picture_name` that may not be asked about. Raises InvalidRequest if one is: the bundle
+        would do too well there.
+        """
+        subject, findings = open_side(side, self.generation, self.device), self.findings
+
+        def note(seen: Seen) -> None:
+            for each in seen.questions:
+                require_unseen(each, calibrated)
+            findings.asked += seen.asked
+            findings.prompts += [(each.prompt, list(each.ids)) for each in seen.encoded]
+            findings.tiles += [len(each.tiles) for each in seen.encoded]
+            findings.reference += seen.answers or []
+            if seen.answers and findings.repeated is None:
+                findings.repeated = len(seen.asked), *repeat_otherwise(subject.pipeline, seen, self.generation)
+            step(len(seen.asked))
+
+        return subject.show(self.sets, folder, note=note)
+
+    def of_bundle(self, side: Side, folder: Path, *, reference: Path, step: Step) -> HiddenStates:
+        """Show them to the bundle, held against what the `reference` folder's tokenizer and settings make of them."""
+        subject, findings = open_side(side, self.generation, self.device), self.findings
+        own, other = (subject.reader.config, subject.reader.tokenizer), (read_config(reference), load_tokenizer(reference))
+        findings.structure += stop_faults(other, own)
+
+        def note(seen: Seen) -> None:
+            for asked, question, encoded in zip(seen.asked, seen.questions, seen.encoded, strict=True):
+                wanted = encode_request(with_frames(question.request), *other)
+                findings.structure += structure_faults(asked.question.key, wanted, encoded)
+            del findings.structure[MOST_FAULTS:]
+            start = len(findings.quantized)
+            findings.quantized += seen.answers or []
+            if seen.answers and findings.reference:
+                keep_pictures(findings, seen, start)
+            step(len(seen.asked))
+
+        return subject.show(self.sets, folder, note=note)
 
 
 def require_unseen(question: CheckQuestion, calibrated: frozenset[str]) -> None:
@@ -129,29 +154,6 @@ def shown_pictures(question: CheckQuestion) -> list[Image.Image]:
     video = question.request.video
     frames = () if video is None or isinstance(video, str | Path) else video
     return [open_image(each) for each in (*question.request.images, *frames)]
-
-
-def examine_bundle(
-    side: Side, sets: Sequence[CheckSet], folder: Path, *, findings: Findings, generation: Generation, device: str,
-    reference: Path, step: Step,
-) -> HiddenStates:  # fmt: skip
-    """Show the same sets to the bundle, held against what the `reference` folder's tokenizer and settings make of them."""
-    subject = open_side(side, generation, device)
-    own, other = (subject.reader.config, subject.reader.tokenizer), (read_config(reference), load_tokenizer(reference))
-    findings.structure += stop_faults(other, own)
-
-    def note(seen: Seen) -> None:
-        for asked, question, encoded in zip(seen.asked, seen.questions, seen.encoded, strict=True):
-            wanted = encode_request(with_frames(question.request), *other)
-            findings.structure += structure_faults(asked.question.key, wanted, encoded)
-        del findings.structure[MOST_FAULTS:]
-        start = len(findings.quantized)
-        findings.quantized += seen.answers or []
-        if seen.answers and findings.reference:
-            keep_pictures(findings, seen, start)
-        step(len(seen.asked))
-
-    return subject.show(sets, folder, note=note)
 
 
 def keep_pictures(findings: Findings, seen: Seen, start: int) -> None:
