@@ -1,53 +1,117 @@
 """A check's result on a terminal."""
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
-from vlquant.check import CheckResult
-from vlquant.intervals import Interval
-from vlquant.verdict import FAIL, INCONCLUSIVE, PASS
+from vlquant import check_words as words
+from vlquant.check_result import Blame, CheckResult, KindResult
+from vlquant.check_words import interval_text
+from vlquant.verdict import FAIL, FAILED, INCONCLUSIVE, NOT_DECIDED, PASS, PASSED, UNINFORMATIVE
 
-STYLES = {PASS: "bold green", FAIL: "bold red", INCONCLUSIVE: "bold yellow"}
-
-
-def print_check(result: CheckResult, console: Console) -> None:
-    """Print scores by kind, the difference with its interval, the distributions and the verdict."""
-    console.print(f"{result.bundle} against {result.reference}, vision {result.vision}")
-    console.print(f"{result.questions} questions about {result.pictures} scenes of the built-in check set")
-    console.print(kind_table(result))
-    console.print(f"score        {points(result.reference_score)} -> {points(result.quantized_score)}  (mean over scenes)")
-    console.print(f"difference   {interval_text(result.difference)} points (95 % confidence of each bound, paired by scene)")
-    console.print(
-        f"answers      mean KL {result.divergence:.4f} nats, same likeliest token {100 * result.top_agreement:.2f} %"
-    )
-    console.print(f"[{STYLES[result.verdict]}]{result.verdict}[/] at a margin of {result.margin:g} points{advice(result)}")
+STYLES = {
+    PASS: "bold green", FAIL: "bold red", INCONCLUSIVE: "bold yellow",
+    PASSED: "green", FAILED: "red", NOT_DECIDED: "yellow", UNINFORMATIVE: "dim", words.NOT_SCORED: "dim",
+}  # fmt: skip
+LABEL_WIDTH = 15
+MOST_REASONS = 3
+"""Of each ground: a wrong prompt is wrong in every question."""
 
 
-def kind_table(result: CheckResult) -> Table:
-    """Scores and flips of every kind of question."""
-    table = Table("kind", box=None, pad_edge=False, header_style="dim")
-    for heading in ("questions", "reference", "quantized", "right -> wrong", "wrong -> right", "other text"):
-        table.add_column(heading, justify="right")
-    for each in result.kinds:
-        counts = (str(count) for count in (each.lost, each.won, each.changed))
-        table.add_row(each.kind, str(each.questions), points(each.reference), points(each.quantized), *counts)
+def print_result(result: CheckResult, console: Console) -> None:
+    """Print the verdict with its grounds, kinds of questions, likelihoods, where they come from and faulty answers."""
+    verdict = result.verdict
+    say(console, f"{result.bundle} against {result.reference}, vision {result.vision}")
+    say(console, f"{result.questions:,} questions about {result.pictures:,} pictures, seed {result.seed}")
+    console.print()
+    outcome = f"{words.SYMBOLS[verdict.outcome]} {verdict.outcome}"
+    fact(console, outcome, words.MEANINGS[verdict.outcome], style=STYLES[verdict.outcome])
+    for name, reasons in words.grounds_by_name(verdict).items():
+        for reason in reasons[:MOST_REASONS]:
+            fact(console, name, reason)
+        if len(reasons) > MOST_REASONS:
+            fact(console, name, f"and {len(reasons) - MOST_REASONS} more in the report")
+    for sentence in (words.known_text(result), words.unscored_reason(result), words.advice(result)):
+        if sentence:
+            fact(console, "", sentence)
+    console.print()
+    if result.kinds:
+        console.print(kinds_table(result))
+        say(console, "before: the reference; after: the bundle; lost: right before, wrong after; won: the other way", style="dim")
+        console.print()
+    print_numbers(result, console)
+
+
+def print_numbers(result: CheckResult, console: Console) -> None:
+    """One line for each thing that was measured over all questions."""
+    generated, found = result.generated, result.distribution
+    if words.is_scored(result):
+        score = f"{words.points(generated.reference)} -> {words.points(generated.quantized)}"
+        fact(console, "score", f"{score}, mean over pictures: {interval_text(result.verdict.difference)} points")
+        fact(console, "flips", f"{generated.flips.lost} lost, {generated.flips.won} won; {words.chance_text(generated.chance)}")
+    if found:
+        fact(console, "mean KL", f"{words.nats(found.mean_divergence)} nats, 99 of 100 tokens below {words.nats(found.high_divergence)}")
+        fact(console, "likeliest token", f"the same at {words.percent(found.top_agreement)} of {found.tokens:,} tokens")
+        fact(console, "compared along", words.FORCED_TEXTS.get(result.forced_text, result.forced_text))
+    if result.noise_floor:
+        floor = result.noise_floor
+        fact(console, "noise floor", f"{floor.changed} of {floor.questions} answers change, KL {words.nats(floor.divergence)} nats")
+    if result.blame:
+        fact(console, "comes from", blame_text(result.blame))
+    if generated:
+        fact(console, "faults", faults_text(result))
+
+
+def kinds_table(result: CheckResult) -> Table:
+    """Scores, flips and outcome of every kind of question, those that failed first."""
+    # One space between columns: with two, intervals would not fit into 80.
+    table = Table("kind", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    for heading in ("asked", "before", "after", "difference [low, high]", "lost", "won"):
+        table.add_column(escape(heading), justify="right", no_wrap=True)
+    table.add_column("verdict")
+    for kind in words.sorted_kinds(result):
+        outcome = words.outcome_of(kind)
+        table.add_row(escape(words.visible(kind.kind)), *kind_numbers(kind), f"[{STYLES[outcome]}]{outcome}[/]")
     return table
 
 
-def points(share: float) -> str:
-    """A share of 1 in points."""
-    return f"{100 * share:.1f}"
+def kind_numbers(kind: KindResult) -> list[str]:
+    """The numbers of one kind; empty where nobody scored it."""
+    verdict, flips = kind.verdict, kind.flips
+    return [
+        f"{kind.questions}",
+        words.points(verdict.reference) if verdict else "",
+        "" if kind.quantized is None else words.points(kind.quantized),
+        interval_text(verdict.difference) if verdict else "",
+        f"{flips.lost}" if flips else "",
+        f"{flips.won}" if flips else "",
+    ]
 
 
-def interval_text(interval: Interval) -> str:
-    """A mean and its interval in points."""
-    return f"{100 * interval.mean:+.2f} [{100 * interval.low:+.2f}, {100 * interval.high:+.2f}]"
+def blame_text(blame: Blame) -> str:
+    """Which part the divergence comes from, with its numbers."""
+    vision = "not measured" if blame.vision is None else f"{words.nats(blame.vision)} nats"
+    text = f"vision {vision}, language model {words.nats(blame.language_model)}, both {words.nats(blame.both)}"
+    if blame.tile:
+        text += f"; worst tile {blame.tile.tile} of {blame.tile.key}: {words.decibels(blame.tile.signal_to_noise)}"
+    return text
 
 
-def advice(result: CheckResult) -> str:
-    """What the verdict leaves to do."""
-    if result.verdict != INCONCLUSIVE:
-        return ""
-    if result.pictures_needed is None:
-        return "; no number of scenes decides, for the drop is the margin"
-    return f"; about {result.pictures_needed} scenes would decide"
+def faults_text(result: CheckResult) -> str:
+    """Answers that are wrong by their form, in the reference and in the bundle."""
+    before, after = (words.fault_counts(each) for each in (result.generated.reference_faults, result.generated.quantized_faults))
+    return ", ".join(f"{name} {one} -> {other}" for name, one, other in zip(words.FAULTS, before, after, strict=True))
+
+
+def fact(console: Console, label: str, text: str, style: str = "dim") -> None:
+    """A line with a label in this style, or more lines beside it."""
+    line = Table.grid(padding=(0, 2))
+    line.add_column(width=LABEL_WIDTH, style=style)
+    line.add_column(overflow="fold")
+    line.add_row(label, escape(words.visible(text)))
+    console.print(line, highlight=False)
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A line whose brackets are brackets."""
+    console.print(escape(words.visible(text)), highlight=False, style=style)

@@ -13,7 +13,7 @@ from vlquant.calib_data.samples import Sample, draw_sample, sample_request
 from vlquant.check import check
 from vlquant.check_options import CheckOptions
 from vlquant.check_result import CheckResult
-from vlquant.check_table import interval_text, points
+from vlquant.check_words import interval_text
 from vlquant.events import Event, Report, silent
 from vlquant.export.vision import export_vision
 from vlquant.publishing import require_empty
@@ -76,14 +76,14 @@ def print_table(
     for heading in ("MB", "ratio", "score", "difference [90 %]", "ONNX parity", "tokens/s"):
         table.add_column(heading, justify="right", no_wrap=True)
     speed = decoding_speed(pipelines["reference"])
-    table.add_row("original", megabytes(original_bytes), "1.00", points(first.generated.reference), "", "", f"{speed:.0f}")
+    table.add_row("original", megabytes(original_bytes), "1.00", f"{100 * first.generated.reference:.1f}", "", "", f"{speed:.0f}")
     for name, bundle in bundles.items():
         result, size = results[name], weight_bytes(bundle)
         table.add_row(
             name,
             megabytes(size),
             f"{original_bytes / size:.2f}",
-            points(result.generated.quantized),
+            f"{100 * result.generated.quantized:.1f}",
             interval_text(result.verdict.difference),
             f"{onnx_difference(bundle):.1e}",
             f"{decoding_speed(pipelines[name]):.0f}",
