@@ -1,18 +1,18 @@
 """`vlquant bisect` on a small checkpoint: it names the part that was broken, and nothing where nothing fails."""
 
 import io
-import json
 
 import pytest
 from rich.console import Console
 
-from vlquant.bisect import VISION, Bisection, bisect, print_bisection, search, to_json
+from vlquant.bisect import VISION, Bisection, bisect, search
 from vlquant.check_options import CheckOptions
+from vlquant.check_table import print_bisection
 from vlquant.errors import InvalidRequest
 from vlquant.intervals import Interval
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, STRUCTURE, Ground, Verdict
+from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, STRUCTURE, DistributionLimits, Ground, Verdict
 
 from tests import planted
 from tests.golden_folder import golden_folder
@@ -65,13 +65,12 @@ def test_what_is_printed():
     print_bisection(search(Made({0: 0.1}, set()), lambda event: None), console)
     text = console.export_text()
     assert "with layer 0 in float: PASS" in text and "-0.20000" in text and "there is nothing to find: PASS" in text
-    assert json.loads(to_json(found))["parts"] == ["layer 0"]
 
 
 def test_a_broken_layer_of_a_real_bundle(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     # Random weights: no score means anything, so that only distributions count.
-    monkeypatch.setattr("vlquant.verdict.LIMITS", {4: __import__("vlquant.verdict").verdict.DistributionLimits(0.05, 0.0)})
+    monkeypatch.setattr("vlquant.verdict.LIMITS", {4: DistributionLimits(0.05, 0.0)})
     bundle = quantize(SOURCE, recipe=Recipe(method="rtn", bits=4, group_size=32), output=tmp_path / "bundle")
     broken = planted.copied(bundle, tmp_path / "broken")
     planted.scale_layer(broken, 1, 3.0)

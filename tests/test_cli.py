@@ -196,7 +196,7 @@ def test_check_passes_every_option_and_its_verdict_is_the_exit_code(stand_in, co
 
 
 def test_bisect_takes_the_options_of_check(stand_in):
-    calls, printed = stand_in("vlquant.bisect", "bisect"), stand_in("vlquant.bisect", "print_bisection")
+    calls, printed = stand_in("vlquant.bisect", "bisect"), stand_in("vlquant.check_table", "print_bisection")
     assert run("bisect", "bundle", *CHECK_OPTIONS).exit_code == 0
     [((bundle,), keywords)] = calls
     assert (bundle, keywords["reference"], keywords["options"]) == ("bundle", "original", CHECKED_WITH)

@@ -1,16 +1,13 @@
 """`vlquant bisect`: the smallest part of a bundle whose return to float ends its FAIL."""
 
-import json
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from vlquant.asking import ROWS
@@ -204,22 +201,3 @@ def sort_parts(parts: Parts) -> list[int | str]:
 def part_name(part: int | str) -> str:
     """A part in words; layers are counted from 0, as in the manifest."""
     return part if part == VISION else f"layer {part}"
-
-
-def to_json(found: Bisection) -> str:
-    """A bisection for programs."""
-    return json.dumps(asdict(found), ensure_ascii=False)
-
-
-def print_bisection(found: Bisection, console: Console) -> None:
-    """Say what is to blame, and what each part alone would give back."""
-    if found.before.outcome != FAIL:
-        console.print(f"there is nothing to find: {found.before.outcome}, {found.before.reason}", markup=False, soft_wrap=True)
-        return
-    console.print(f"FAIL: {found.before.reason}", markup=False, soft_wrap=True)
-    table = Table("part in float again", box=None, header_style="dim")
-    table.add_column("mean KL, nats", justify="right")
-    for name, gain in found.gains:
-        table.add_row(name, f"{-gain:+.5f}")
-    console.print(table)
-    console.print(f"with {', '.join(found.parts)} in float: {found.after.outcome}, {found.after.reason}", markup=False, soft_wrap=True)

@@ -1,10 +1,11 @@
-"""A check's result on a terminal."""
+"""The result of a check, or of a bisection, on a terminal."""
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from vlquant import check_words as words
+from vlquant.bisect import Bisection
 from vlquant.check_result import Blame, CheckResult, KindResult
 from vlquant.check_words import interval_text
 from vlquant.verdict import FAIL, FAILED, INCONCLUSIVE, NOT_DECIDED, PASS, PASSED, UNINFORMATIVE
@@ -115,3 +116,17 @@ def fact(console: Console, label: str, text: str, style: str = "dim") -> None:
 def say(console: Console, text: str, style: str | None = None) -> None:
     """A line whose brackets are brackets."""
     console.print(escape(words.visible(text)), highlight=False, style=style)
+
+
+def print_bisection(found: Bisection, console: Console) -> None:
+    """Say what is to blame for a FAIL, and what each part alone would give back."""
+    if found.before.outcome != FAIL:
+        say(console, f"there is nothing to find: {found.before.outcome}, {found.before.reason}")
+        return
+    say(console, f"FAIL: {found.before.reason}")
+    table = Table("part in float again", box=None, pad_edge=False, header_style="dim")
+    table.add_column("mean KL, nats", justify="right")
+    for name, gain in found.gains:
+        table.add_row(name, f"{-gain:+.5f}")
+    console.print(table)
+    say(console, f"with {', '.join(found.parts)} in float: {found.after.outcome}, {found.after.reason}")

@@ -1,5 +1,7 @@
 """Commands that set models beside each other: bisect, compare. They change no bundle."""
 
+import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -52,13 +54,14 @@ def bisect_command(
     bundle = bundle_or_demo(bundle)
     from rich.console import Console
 
-    from vlquant.bisect import bisect, print_bisection, to_json
+    from vlquant.bisect import bisect
+    from vlquant.check_table import print_bisection
     from vlquant.progress import drawn_progress, json_progress
 
     with json_progress() if as_json else drawn_progress() as report:
         found = bisect(bundle, reference=reference, options=options, report=report)
     if as_json:
-        typer.echo(to_json(found))
+        typer.echo(json.dumps(asdict(found), ensure_ascii=False))
     else:
         print_bisection(found, Console())
 
