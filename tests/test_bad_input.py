@@ -122,12 +122,12 @@ def _(place):
 
 @row("reference is another checkpoint", str(GOLDEN), "is not the checkpoint", "--reference")
 def _(place):
-    return "check", "bundle", "--reference", GOLDEN / "qwen2_hermes2", "--scenes", "1"
+    return "check", "bundle", "--reference", GOLDEN / "qwen2_hermes2", "--limit", "1"
 
 
 @row("reference is not found", "internlm2_chat_ntk", "is not here", "--reference")
 def _(place):
-    return "check", "bundle", "--scenes", "1"
+    return "check", "bundle", "--limit", "1"
 
 
 @row("margin is negative", "-1", "--max-drop 0 to 100")
@@ -137,7 +137,7 @@ def _(place):
 
 @row("what is checked is no bundle", "model is not a bundle", "vlquant quantize")
 def _(place):
-    return "check", "model", "--scenes", "1"
+    return "check", "model", "--limit", "1"
 
 
 @row("damaged bundle is verified", WEIGHTS, "not as it was written", "quantize the model again")
