@@ -198,6 +198,13 @@ def test_inspect_tells_what_a_check_found(bundle, checkpoint):
         check_line(bundle / "config.json")
 
 
+def test_a_part_of_a_bundle_is_not_inspected(bundle):
+    (bundle / "vision").mkdir(exist_ok=True)
+    with pytest.raises(InvalidRequest, match="part of a bundle; inspect the whole: vlquant inspect"):
+        inspect(bundle / "vision")
+    (bundle / "vision").rmdir()
+
+
 def test_a_result_can_be_read_again(bundle, checkpoint):
     text = to_json(check(bundle, reference=checkpoint, options=FEW))
     assert json.loads(text)["format_version"] == 2 and not any(word in text for word in ("NaN", "Infinity", str(bundle)))
@@ -249,6 +256,11 @@ def test_a_result_that_cannot_be_stored_is_not_lost(bundle, checkpoint, tmp_path
 def test_options_that_mean_nothing_are_refused(fields, said):
     with pytest.raises(InvalidRequest, match=said):
         CheckOptions(**fields)
+
+
+def test_sets_of_one_name_are_refused(bundle, checkpoint):
+    with pytest.raises(InvalidRequest, match="two sets are called builtin"):
+        check(bundle, reference=checkpoint, options=CheckOptions(sets=("builtin", "builtin"), limit=1))
 
 
 def test_no_questions_are_too_few(bundle, checkpoint):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+import vlquant
 from vlquant.calib_data.check_questions import CheckQuestion, CheckSet
 from vlquant.calib_data.conversations import named
 from vlquant.distributions import compare_logits
@@ -119,4 +120,5 @@ def repeat_otherwise(pipeline: Pipeline, seen: Seen, generation: Generation) -> 
 
 def identity(files: Mapping[str, str], **settings: object) -> dict:
     """What decides the answers of a model with files of these hashes, ready for JSON."""
-    return {"files": dict(files), **settings, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    versions = {"vlquant": vlquant.__version__, "torch": torch.__version__, "threads": torch.get_num_threads()}
+    return {"files": dict(files), **settings, **versions}

@@ -13,8 +13,7 @@ from torch import Tensor
 from vlquant.asking import ROWS
 from vlquant.blame import mean_divergence, spread
 from vlquant.bundle import Manifest, find_bundle, read_manifest
-from vlquant.calib_data.check_sets import open_check_set
-from vlquant.check import examine, sides_of, verdict_of
+from vlquant.check import examine, open_sets, sides_of, verdict_of
 from vlquant.check_options import CheckOptions
 from vlquant.comparison import forced_answers
 from vlquant.errors import InvalidRequest
@@ -70,7 +69,7 @@ def bisect(
         raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
     manifest = read_manifest(folder)
     source = find_reference(manifest, reference, beside=folder)
-    sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
+    sets = open_sets(options)
     sides = sides_of(folder, source, manifest, options, report)
     with tempfile.TemporaryDirectory(prefix="vlquant-bisect-") as work:
         findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)

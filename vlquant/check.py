@@ -63,7 +63,7 @@ def check(
     manifest = read_manifest(folder)
     source = find_reference(manifest, reference, beside=folder)
     report(Event("check", message=f"reference {source}"))
-    sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
+    sets = open_sets(options)
     sides = sides_of(folder, source, manifest, options, report)
     with tempfile.TemporaryDirectory(prefix="vlquant-check-") as work:
         findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)
@@ -71,6 +71,16 @@ def check(
     result = conclude(manifest, sides, sets, findings, measured, options=options)
     store_check(folder, result, findings, report)
     return result
+
+
+def open_sets(options: CheckOptions) -> list[CheckSet]:
+    """What is asked; raises InvalidRequest if two sets could not be told apart afterwards."""
+    sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
+    names = [each.name for each in sets]
+    twice = next((name for name in names if names.count(name) > 1), None)
+    if twice is not None:
+        raise InvalidRequest(f"two sets are called {twice}; name it once, or rename one of the files")
+    return sets
 
 
 def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptions, report: Report) -> tuple[Side, Side]:

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
 from vlquant.check_result import read_result
-from vlquant.errors import BrokenCheckpoint
+from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.vision_manifest import VisionManifest, read_vision_manifest
 
 WORST_MODULES = 5
@@ -18,11 +18,13 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
     """Print the manifests of a bundle and return its folder.
 
     bundle: None means as `find_bundle`. verify: hash every file.
-    Raises BrokenCheckpoint if there is no bundle, or if it is damaged.
+    Raises BrokenCheckpoint if there is no bundle, or if it is damaged; InvalidRequest for a part of one.
     """
     folder = Path(bundle) if bundle is not None else find_bundle()
     if folder is None:
         raise BrokenCheckpoint("there is no bundle here; name one, or make one with vlquant quantize")
+    if (folder.parent / MANIFEST).is_file() and not (folder / "config.json").exists():
+        raise InvalidRequest(f"{folder} is a part of a bundle; inspect the whole: vlquant inspect {folder.parent}")
     manifest = read_manifest(folder)
     console = console or Console()
     console.print(summary_table(folder, manifest))
