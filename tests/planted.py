@@ -17,6 +17,7 @@ from vlquant.layout import layer_prefix
 from vlquant.model import open_model
 from vlquant.packing import pack_gptq
 from vlquant.runtime.reader import Reader
+from vlquant.shards import file_hash
 
 
 def copied(bundle: Path, folder: Path) -> Path:
@@ -33,6 +34,7 @@ def change_tensors(bundle: Path, change) -> None:
         change(tensors)
         save_file({name: each.contiguous() for name, each in tensors.items()}, path, metadata={"format": "pt"})
         manifest["sizes"][path.name] = path.stat().st_size
+        manifest["files"][path.name] = file_hash(path)
     (bundle / MANIFEST).write_text(json.dumps(manifest))
 
 
@@ -75,6 +77,9 @@ def zero_head(bundle: Path, block: int, head: int) -> None:
     width = rows // heads
     data[head * width : (head + 1) * width] = 0
     data.flush()
+    manifest = json.loads((bundle / "vision" / MANIFEST).read_text())
+    manifest["files"]["model.data"] = file_hash(bundle / "vision" / "model.data")
+    (bundle / "vision" / MANIFEST).write_text(json.dumps(manifest))
 
 
 def set_system_message(bundle: Path, message: str) -> None:
@@ -122,6 +127,6 @@ def float_bundle(bundle: Path, source: Path, folder: Path) -> Path:
     manifest = json.loads((folder / MANIFEST).read_text())
     there = [name for name in manifest["sizes"] if (folder / name).exists()]
     manifest["sizes"] = {name: (folder / name).stat().st_size for name in there}
-    manifest["files"] = {name: manifest["files"][name] for name in there}
+    manifest["files"] = {name: file_hash(folder / name) for name in there}
     (folder / MANIFEST).write_text(json.dumps(manifest))
     return folder

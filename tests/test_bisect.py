@@ -12,7 +12,7 @@ from vlquant.errors import InvalidRequest
 from vlquant.intervals import Interval
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, STRUCTURE, DistributionLimits, Ground, Verdict
+from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, DistributionLimits, Ground, Verdict
 
 from tests import planted
 from tests.golden_folder import golden_folder
@@ -21,22 +21,22 @@ SOURCE = golden_folder() / "internlm2_internvl2_5"
 FEW = CheckOptions(limit=12, max_new_tokens=4)
 
 
-def verdict(outcome: str, ground: str = ACCURACY) -> Verdict:
-    grounds = (Ground(ground, "it is worse"),) if outcome == FAIL else ()
+def verdict(outcome: str) -> Verdict:
+    grounds = (Ground(ACCURACY, "it is worse"),) if outcome == FAIL else ()
     return Verdict(outcome, "because", grounds, Interval(0, 0, 0), 0.01, 1, None, (), None)
 
 
 class Made:
     """Parts of which some are broken: each adds its own divergence, and the FAIL ends without the guilty ones."""
 
-    def __init__(self, divergences: dict, guilty: set, ground: str = ACCURACY):
-        self.divergences, self.guilty, self.ground, self.parts = divergences, guilty, ground, list(divergences)
+    def __init__(self, divergences: dict, guilty: set):
+        self.divergences, self.guilty, self.parts = divergences, guilty, list(divergences)
 
     def divergence(self, parts):
         return sum(each for part, each in self.divergences.items() if part not in parts)
 
     def verdict(self, parts):
-        return verdict(FAIL, self.ground) if self.guilty - parts else verdict(PASS)
+        return verdict(FAIL) if self.guilty - parts else verdict(PASS)
 
 
 @pytest.mark.parametrize("guilty", [{2}, {VISION}, {0, 2}, {1}])
@@ -53,9 +53,18 @@ def test_without_a_fail_there_is_nothing_to_find():
     assert found == Bisection(verdict(PASS), (), verdict(PASS), ())
 
 
-def test_no_part_is_to_blame_for_another_prompt():
+def test_no_part_is_to_blame_for_another_prompt(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    bundle = quantize(SOURCE, recipe=Recipe(method="rtn", bits=4, group_size=32), output=tmp_path / "bundle")
+    planted.set_system_message(bundle, "You are a parrot.")
     with pytest.raises(InvalidRequest, match="not read as its reference"):
-        search(Made({0: 0.1}, {0}, STRUCTURE), lambda event: None)
+        bisect(bundle, reference=SOURCE, options=FEW)
+
+
+def test_what_lies_outside_all_parts_is_said_at_once():
+    made = Made({VISION: 0.1, 0: 0.2}, {"the head"})
+    with pytest.raises(InvalidRequest, match="embedding, final norm or head"):
+        search(made, lambda event: None)
 
 
 def test_what_is_printed():

@@ -211,6 +211,7 @@ def test_compare_is_called(stand_in):
     assert run("compare", "a", "b", "What?", "--image", "c.png", "--max-new-tokens", 5, "--max-tiles", 2).exit_code == 0
     [((models, request), keywords)] = calls
     assert (models, request) == (("a", "b"), Request("What?", images=("c.png",)))
+    del keywords["console"]
     assert keywords == {"generation": Generation(max_new_tokens=5), "device": "cpu", "max_tiles": 2}
 
 

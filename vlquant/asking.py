@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 
 import torch
@@ -46,15 +47,10 @@ class Seen:
 
 
 def question_batches(sets: Iterable[CheckSet]) -> Iterator[tuple[list[Asked], list[CheckQuestion]]]:
-    """Questions of all sets, ROWS or more at a time; those about one picture stay together, so that it is seen once."""
+    """Questions of all sets, ROWS at a time; the next ones about the same picture find its features known."""
     for each in sets:
-        batch: list[CheckQuestion] = []
-        for group in each.groups():
-            batch += group
-            if len(batch) >= ROWS:
-                yield light(each.name, batch), batch
-                batch = []
-        if batch:
+        questions = chain.from_iterable(each.groups())
+        while batch := list(islice(questions, ROWS)):
             yield light(each.name, batch), batch
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from vlquant.asking import ROWS
 from vlquant.blame import mean_divergence, spread
 from vlquant.bundle import Manifest, find_bundle, read_manifest
-from vlquant.check import examine, open_sets, sides_of, verdict_of
+from vlquant.check import examine, open_sets, sides_of, verdict_of, working_folder
 from vlquant.check_options import CheckOptions
 from vlquant.comparison import forced_answers
 from vlquant.errors import InvalidRequest
@@ -32,7 +32,7 @@ from vlquant.runtime.linear import load_decoder
 from vlquant.runtime.pipeline import Batch, Pipeline
 from vlquant.runtime.vision_session import MissingVision
 from vlquant.tokenizer import load_tokenizer
-from vlquant.verdict import FAIL, STRUCTURE, Verdict
+from vlquant.verdict import FAIL, Verdict
 
 VISION = "the vision tower"
 Parts = frozenset[int | str]
@@ -71,11 +71,13 @@ def bisect(
     source = find_reference(manifest, reference, beside=folder)
     sets = open_sets(options)
     sides = sides_of(folder, source, manifest, options, report)
-    with tempfile.TemporaryDirectory(prefix="vlquant-bisect-") as work:
-        findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)
+    with working_folder("bisect") as work:
+        findings, prompts = examine(sides, sets, manifest, work, options=options, report=report)
+        if findings.structure:
+            raise InvalidRequest(f"the bundle is not read as its reference ({findings.structure[0]}); quantize the model again")
         _, answers = forced_answers(findings, source, were_imported=options.reference_predictions is not None)
         models = open_model(source), open_model(folder)
-        swaps = Swaps(manifest, models, prompts, findings, answers, Path(work), options)
+        swaps = Swaps(manifest, models, prompts, findings, answers, work, options)
         return search(swaps, report)
 
 
@@ -172,8 +174,11 @@ def search(swaps: Swaps, report: Report) -> Bisection:
     before = swaps.verdict(frozenset())
     if before.outcome != FAIL:
         return Bisection(before, (), before, ())
-    if any(ground.name == STRUCTURE for ground in before.grounds):
-        raise InvalidRequest(f"the bundle is not read as its reference ({before.grounds[0].reason}); quantize the model again")
+    if swaps.verdict(frozenset(swaps.parts)).outcome == FAIL:
+        raise InvalidRequest(
+            "the FAIL stays with the vision tower and all layers in float, so that something else of the bundle is broken: "
+            "embedding, final norm or head; quantize the model again"
+        )
     whole, gains = swaps.divergence(frozenset()), {}
     for number, part in enumerate(swaps.parts, 1):
         gains[part] = whole - swaps.divergence(frozenset((part,)))

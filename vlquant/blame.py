@@ -26,7 +26,7 @@ NO_NOISE = 999.0
 def find_blame(
     models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates], answers: Answers, *, device: str, step: Step
 ) -> Blame | None:
-    """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers.
+    """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers or finite numbers.
 
     models, prompts: reference and bundle; answers: of questions with pictures, of which some are taken.
     """
@@ -54,6 +54,8 @@ def find_blame(
             (model, seen): mean_divergence((heads[0], heads[model]), (states[0, 0], states[model, seen]), chosen)
             for model, seen in ((0, 1), (1, 0), (1, 1))
         }
+    if not all(map(math.isfinite, apart.values())):
+        return None
     same_features = all(torch.equal(prompts[0][index], prompts[1][index]) for index in chosen)
     return Blame(len(chosen), None if same_features else apart[0, 1], apart[1, 0], apart[1, 1], None)
 
@@ -65,8 +67,9 @@ def spread(answers: Answers) -> dict[int, Sequence[int]]:
 
 
 def mean_divergence(heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Answers) -> float:
-    """Mean over all answer tokens, in nats."""
-    return float(torch.cat([each.divergence for each in compare_answers(heads, states, answers)]).mean())
+    """Mean over all answer tokens, in nats; infinite if the numbers of one model overflowed at all of them."""
+    apart = torch.cat([each.divergence[each.finite] for each in compare_answers(heads, states, answers)])
+    return float(apart.mean()) if len(apart) else math.inf
 
 
 def worst_tile(

@@ -4,20 +4,21 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from vlquant.asking import Asked
-from vlquant.bundle import MANIFEST, Manifest, find_bundle, library_versions, read_manifest
+from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, library_versions, read_manifest
 from vlquant.calib_data.check_questions import CheckSet
 from vlquant.calib_data.check_sets import open_check_set
-from vlquant.check_folder import store_check
+from vlquant.check_folder import file_name, store_check
 from vlquant.check_options import CheckOptions
 from vlquant.check_result import FORMAT_VERSION, AskedSet, CheckResult, NoiseFloor
 from vlquant.comparison import Measured, encoded_answers, measure
 from vlquant.distributions import TokenComparison, summarize_tokens
-from vlquant.errors import InvalidRequest
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.events import Event, Report, silent
 from vlquant.examination import Examination, Findings, Side
 from vlquant.findings_summary import (
@@ -30,13 +31,16 @@ from vlquant.findings_summary import (
     kind_scores,
     layer_errors,
     pairs_of,
+    unlike_published,
 )
 from vlquant.hidden_states import HiddenStates
 from vlquant.kept_answers import KeptAnswer
 from vlquant.predictions import read_predictions
+from vlquant.publishing import NO_SPACE
 from vlquant.reference import find_reference
 from vlquant.runtime.generate import Generation
 from vlquant.shards import file_hash
+from vlquant.vision_manifest import read_vision_manifest
 from vlquant.verdict import INCONCLUSIVE, Verdict, judge_distribution, reach_verdict
 
 MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
@@ -65,19 +69,34 @@ def check(
     report(Event("check", message=f"reference {source}"))
     sets = open_sets(options)
     sides = sides_of(folder, source, manifest, options, report)
-    with tempfile.TemporaryDirectory(prefix="vlquant-check-") as work:
-        findings, prompts = examine(sides, sets, manifest, Path(work), options=options, report=report)
-        measured = measure(sides, findings, prompts, Path(work), options=options, report=report)
-    result = conclude(manifest, sides, sets, findings, measured, options=options)
+    with working_folder("check") as work:
+        findings, prompts = examine(sides, sets, manifest, work, options=options, report=report)
+        measured = measure(sides, findings, prompts, work, options=options, report=report)
+    result = conclude(manifest, sides, sets, findings, measured, options=options, report=report)
     store_check(folder, result, findings, report)
     return result
+
+
+@contextmanager
+def working_folder(verb: str) -> Iterator[Path]:
+    """A temporary folder for hidden states; raises OutputRefused if its disk is full."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=f"vlquant-{verb}-") as work:
+            yield Path(work)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        raise OutputRefused(
+            f"there is no space left in {tempfile.gettempdir()} for the hidden states of so many questions; "
+            "ask fewer with --limit, or name a folder on a larger disk in the environment variable TMPDIR"
+        ) from error
 
 
 def open_sets(options: CheckOptions) -> list[CheckSet]:
     """What is asked; raises InvalidRequest if two sets could not be told apart afterwards."""
     sets = [open_check_set(name, limit=options.limit, seed=options.seed, metric=options.metric) for name in options.sets]
-    names = [each.name for each in sets]
-    twice = next((name for name in names if names.count(name) > 1), None)
+    names = [file_name(each.name).casefold() for each in sets]
+    twice = next((each.name for each, name in zip(sets, names, strict=True) if names.count(name) > 1), None)
     if twice is not None:
         raise InvalidRequest(f"two sets are called {twice}; name it once, or rename one of the files")
     return sets
@@ -88,6 +107,11 @@ def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptio
     exported = (folder / "vision" / "model.onnx").is_file()
     if not exported:
         report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
+    changed = changed_files(folder, manifest)
+    if exported:
+        changed += [f"vision/{name}" for name in changed_files(folder / "vision", read_vision_manifest(folder / "vision"))]
+    if changed:
+        raise BrokenCheckpoint(f"{folder} is not as it was written: {', '.join(changed[:3])} changed; quantize or export again")
     allowed = available_memory() if options.memory is None else int(options.memory * 1e9)
     answers = {}
     for name, place in (("the reference", source), ("the bundle", folder)):
@@ -159,12 +183,14 @@ def imported(path: Path, findings: Findings, reference: Path) -> list[KeptAnswer
 
 def conclude(
     manifest: Manifest, sides: tuple[Side, Side], sets: Sequence[CheckSet], findings: Findings, measured: Measured, *,
-    options: CheckOptions,
+    options: CheckOptions, report: Report,
 ) -> CheckResult:  # fmt: skip
     """The verdict, with everything it rests on."""
     pairs = pairs_of(findings)
     verdict = verdict_of(manifest, findings, measured.compared, options)
     generated = generated_result(pairs)
+    for name in unlike_published(pairs, generated):
+        report(Event("check", message=f"{name}: scores of the whole set are left out, for its indices are not the published ones"))
     if generated is None and verdict.outcome == INCONCLUSIVE:
         verdict = replace(verdict, reason=NOT_SCORED, pictures_needed=None)
     repeated = findings.repeated
@@ -177,6 +203,8 @@ def conclude(
         vision=sides[1].vision if sides[1].vision == "onnx" else "torch (vision not checked)",
         sets=tuple(asked_set(each, findings.asked) for each in sets),
         seed=options.seed,
+        max_new_tokens=options.max_new_tokens,
+        predictions_sha256=None if options.reference_predictions is None else file_hash(Path(options.reference_predictions)),
         forced_text=measured.forced_text,
         verdict=verdict,
         distribution=summarize_tokens(measured.compared.values()),

@@ -18,7 +18,7 @@ from vlquant.publishing import write_whole
 from vlquant.report import Card, write_report
 
 REPORT, PAGE = "report.json", "report.html"
-IDENTITY = ("reference_sha256", "vision", "sets", "seed", "forced_text")
+IDENTITY = ("reference_sha256", "vision", "sets", "seed", "max_new_tokens", "predictions_sha256", "forced_text")
 """Fields that tell one check of a bundle from another; equal checks have equal names and replace each other."""
 
 

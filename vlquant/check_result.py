@@ -169,6 +169,9 @@ class CheckResult:
     """"onnx", or "torch (vision not checked)"."""
     sets: tuple[AskedSet, ...]
     seed: int
+    max_new_tokens: int
+    predictions_sha256: str | None
+    """Of the file that the reference's answers were taken from; None: it answered itself, or not at all."""
     forced_text: str
     """Whose answers the distributions were compared along: "imported", "reference", "gold" or "bundle"."""
     verdict: Verdict

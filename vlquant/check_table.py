@@ -121,7 +121,8 @@ def say(console: Console, text: str, style: str | None = None) -> None:
 def print_bisection(found: Bisection, console: Console) -> None:
     """Say what is to blame for a FAIL, and what each part alone would give back."""
     if found.before.outcome != FAIL:
-        say(console, f"there is nothing to find: {found.before.outcome}, {found.before.reason}")
+        undecided = "nothing fails for certain, ask more" if found.before.outcome == INCONCLUSIVE else "there is nothing to find"
+        say(console, f"{undecided}: {found.before.outcome}, {found.before.reason}")
         return
     say(console, f"FAIL: {found.before.reason}")
     table = Table("part in float again", box=None, pad_edge=False, header_style="dim")

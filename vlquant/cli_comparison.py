@@ -76,10 +76,17 @@ def compare_command(
     max_tiles: MaxTilesOption = None,
     max_new_tokens: Annotated[int | None, typer.Option(help="Tokens after which an answer is cut.")] = None,
     device: DeviceOption = "cpu",
+    as_json: JsonOption = False,
 ) -> None:
     """Two models answer the same question side by side: what differs, how fast, in how much memory."""
     asked = question_of(prompt, None, image, video)
+    from rich.console import Console
+
     from vlquant.compare import compare
     from vlquant.runtime.generate import Generation
 
-    compare((first, second), asked, generation=Generation(**given(max_new_tokens=max_new_tokens)), device=device, max_tiles=max_tiles)
+    console = Console(quiet=as_json)
+    generation = Generation(**given(max_new_tokens=max_new_tokens))
+    told = compare((first, second), asked, generation=generation, device=device, console=console, max_tiles=max_tiles)
+    if as_json:
+        typer.echo(json.dumps([asdict(each) for each in told], ensure_ascii=False))

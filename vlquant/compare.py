@@ -1,6 +1,7 @@
 """`vlquant compare`: two models, each in a process of its own, answer the same question side by side."""
 
 import multiprocessing
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -13,7 +14,7 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
-from vlquant.errors import VlquantError
+from vlquant.errors import BrokenCheckpoint, VlquantError
 from vlquant.request import Request
 from vlquant.runtime.chat import default_vision
 from vlquant.runtime.generate import Generation
@@ -78,7 +79,9 @@ def answering(name: str | Path, request: Request, generation: Generation, **load
                 break
     except EOFError:
         process.join()
-        raise RuntimeError(f"the process that ran {name} ended with code {process.exitcode}; its error is printed above") from None
+        killed = process.exitcode == -signal.SIGKILL
+        reason = "was killed, probably for want of memory; take a smaller model" if killed else "failed; its error is printed above"
+        raise BrokenCheckpoint(f"the process that ran {name} {reason}") from None
     finally:
         process.join(timeout=5)
         process.kill()
@@ -86,6 +89,7 @@ def answering(name: str | Path, request: Request, generation: Generation, **load
 
 def answer_elsewhere(connection: Connection, name: str | Path, request: Request, generation: Generation, loading: dict) -> None:
     """The other process: loads the model and sends what it says."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # The first process hears Ctrl-C too, and ends this one.
     try:
         for told in spoken(name, request, generation, **loading):
             connection.send(told)

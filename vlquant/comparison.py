@@ -11,6 +11,7 @@ from vlquant.blame import find_blame, worst_tile
 from vlquant.check_options import CheckOptions
 from vlquant.check_result import Blame
 from vlquant.distributions import TokenComparison
+from vlquant.errors import BrokenCheckpoint
 from vlquant.events import Event, Report
 from vlquant.examination import Findings, Side
 from vlquant.forced import Answers, LogitsHead, Step, compare_answers, forced_states
@@ -45,6 +46,8 @@ def measure(
         states.append(forced_states(model, own, answers, step=layers_done(report, stage), **shared))
     heads = tuple(LogitsHead(model, options.device) for model in models)
     compared = dict(zip(answers, compare_answers(heads, tuple(states), answers), strict=True))
+    if not all(bool(torch.isfinite(each.reference_surprise).all()) for each in compared.values()):
+        raise BrokenCheckpoint(f"{sides[0].folder} computes numbers that are not finite; download the checkpoint again")
     pictured = {number: ids for number, ids in answers.items() if findings.tiles[number]}
     step = layers_done(report, "blame, layers")
     blame = find_blame(models, prompts, pictured, device=options.device, step=step) if pictured else None
@@ -82,6 +85,6 @@ def encoded_answers(texts: Sequence[str | None], findings: Findings, reference: 
     """Ids of answers, stop token included, as the reference's tokenizer has them after each prompt; None stays None."""
     config, tokenizer = open_model(reference).config, load_tokenizer(reference)
     return [
-        None if text is None else encode_answer(text, *prompt, config=config, tokenizer=tokenizer)
+        None if text is None else encode_answer(text, prompt[0], list(prompt[1]), config=config, tokenizer=tokenizer)
         for text, prompt in zip(texts, findings.prompts, strict=True)
     ]

@@ -24,6 +24,11 @@ class TokenComparison:
     """float64: -log p of the token that follows, in the reference."""
     quantized_surprise: Tensor
 
+    @property
+    def finite(self) -> Tensor:
+        """bool: where there is a distance; a model whose numbers overflowed has none."""
+        return torch.isfinite(self.divergence) & torch.isfinite(self.quantized_surprise)
+
 
 @dataclass(frozen=True)
 class DistributionSummary:
@@ -62,12 +67,12 @@ def compare_logits(wanted: Tensor, given: Tensor, ids: Sequence[int]) -> TokenCo
 
 
 def summarize_tokens(comparisons: Iterable[TokenComparison]) -> DistributionSummary | None:
-    """One summary of many answers, every token alike; None if there are none."""
+    """One summary of many answers, every token alike that has a finite distance; None if there are none."""
     comparisons = list(comparisons)
-    if not comparisons:
+    if not any(bool(each.finite.any()) for each in comparisons):
         return None
     divergence, same, change, before, after = (
-        torch.cat([getattr(each, name) for each in comparisons]) for name in TokenComparison.__dataclass_fields__
+        torch.cat([getattr(each, name)[each.finite] for each in comparisons]) for name in TokenComparison.__dataclass_fields__
     )
     ratio = float((after.mean() - before.mean()).exp())
     return DistributionSummary(

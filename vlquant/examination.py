@@ -3,6 +3,7 @@
 Only one of the two models is in memory at a time.
 """
 
+from array import array
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -62,7 +63,7 @@ class Findings:
     """What was found, question by question in the order they were asked."""
 
     asked: list[Asked] = field(default_factory=list)
-    prompts: list[tuple[str, list[int]]] = field(default_factory=list)
+    prompts: list[tuple[str, Sequence[int]]] = field(default_factory=list)
     """Prompt text and ids, as the reference reads them."""
     tiles: list[int] = field(default_factory=list)
     """How many tiles each shows."""
@@ -111,7 +112,7 @@ class Examination:
             for each in seen.questions:
                 require_unseen(each, calibrated)
             findings.asked += seen.asked
-            findings.prompts += [(each.prompt, list(each.ids)) for each in seen.encoded]
+            findings.prompts += [(each.prompt, array("i", each.ids)) for each in seen.encoded]
             findings.tiles += [len(each.tiles) for each in seen.encoded]
             findings.reference += seen.answers or []
             if seen.answers and findings.repeated is None:

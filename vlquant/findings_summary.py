@@ -15,6 +15,7 @@ from vlquant.distributions import TokenComparison
 from vlquant.examination import Findings, grade
 from vlquant.intervals import bootstrap_interval, mcnemar_probability
 from vlquant.kept_answers import KeptAnswer
+from vlquant.known_sets import known_set
 from vlquant.set_scores import Graded, set_scores
 from vlquant.verdict import AnswerTokens, KindScores, KindVerdict
 
@@ -124,10 +125,19 @@ def scores_of_sets(pairs: Sequence[Pair]) -> dict[str, dict[str, tuple[float, fl
     found = {}
     for name in dict.fromkeys(each.asked.set for each in pairs):
         own = [each for each in pairs if each.asked.set == name and each.scores is not None]
-        sides = [set_scores(name, [graded(each, side) for each in own]) for side in (0, 1)]
+        try:
+            sides = [set_scores(name, [graded(each, side) for each in own]) for side in (0, 1)]
+        except ValueError:  # Its name is that of a published set, its indices are not.
+            continue
         if sides[0]:
             found[name] = {score: (sides[0][score], sides[1][score]) for score in sides[0]}
     return found
+
+
+def unlike_published(pairs: Sequence[Pair], generated: GeneratedResult | None) -> list[str]:
+    """Sets named as one with scores of its own that could not be reckoned."""
+    names = dict.fromkeys(each.asked.set for each in pairs if each.scores is not None)
+    return [name for name in names if known_set(name).own_scores and generated and name not in generated.set_scores]
 
 
 def graded(pair: Pair, side: int) -> Graded:
@@ -144,14 +154,14 @@ def kind_results(
     for kind in counts:
         own = [each for each in pairs if each.asked.question.kind == kind]
         means = by_picture(own)
-        tokens = [each.divergence for number, each in compared.items() if asked[number].question.kind == kind]
+        tokens = [each.divergence[each.finite] for number, each in compared.items() if asked[number].question.kind == kind]
         results.append(KindResult(
             kind=kind,
             questions=counts[kind],
             verdict=by_name.get(kind),
             quantized=fmean(quantized for _, quantized in means) if means else None,
             flips=flips_of(own) if own else None,
-            divergence=float(torch.cat(tokens).mean()) if tokens else None,
+            divergence=float(torch.cat(tokens).mean()) if sum(map(len, tokens)) else None,
         ))  # fmt: skip
     return tuple(results)
 
@@ -164,8 +174,9 @@ def answer_tokens(asked: Sequence[Asked], compared: dict[int, TokenComparison]) 
     return [
         AnswerTokens(
             tokens=sum(len(each.divergence) for each in own),
-            divergence=sum(float(each.divergence.sum()) for each in own),
-            same_top=sum(int(each.same_top.sum()) for each in own),
+            divergence=sum(float(each.divergence[each.finite].sum()) for each in own),
+            same_top=sum(int(each.same_top[each.finite].sum()) for each in own),
+            not_finite=sum(int((~each.finite).sum()) for each in own),
         )
         for own in groups.values()
     ]
@@ -173,7 +184,7 @@ def answer_tokens(asked: Sequence[Asked], compared: dict[int, TokenComparison]) 
 
 def histogram(compared: Iterable[TokenComparison]) -> tuple[HistogramBin, ...]:
     """Answer tokens by their divergence."""
-    values = [each.divergence for each in compared]
+    values = [each.divergence[each.finite] for each in compared]
     if not values:
         return ()
     edges = [*HISTOGRAM_EDGES, BEYOND]

@@ -51,9 +51,12 @@ class KeptAnswers:
         self._known |= answers
         if self.path is not None:
             lines = "".join(json.dumps([key, asdict(answer)], ensure_ascii=False) + "\n" for key, answer in answers.items())
-            with open(self.path, "ab") as file:
-                # A line that was cut off must not swallow the next one.
-                file.write((b"" if ends_with_line(self.path) else b"\n") + lines.encode())
+            # A line that was cut off must not swallow the next one.
+            try:
+                with open(self.path, "ab") as file:
+                    file.write((b"" if ends_with_line(self.path) else b"\n") + lines.encode())
+            except OSError:
+                self.path = None  # A full disk costs the next run time, not this one its work.
 
 
 def ends_with_line(path: Path) -> bool:

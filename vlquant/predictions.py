@@ -45,10 +45,12 @@ def rows_of(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line it ends at, cells by column) of every row; raises InvalidRequest for another form."""
     # Answers can be long; the limit is the csv module's own and cannot be given to a reader.
     csv.field_size_limit(min(sys.maxsize, 2**31 - 1))
-    rows = csv.DictReader(io.StringIO(text_of(path), newline=""), delimiter="\t", strict=True, restval="")
+    rows = csv.DictReader(io.StringIO(text_of(path), newline=""), delimiter="\t", strict=True)
     try:
         require_columns(path, rows.fieldnames or ())
         for row in rows:
+            if row[COLUMN] is None:
+                raise InvalidRequest(f"{path}, line {rows.line_num}: the row ends before its prediction; give the whole file")
             if None in row:
                 raise InvalidRequest(f"{path}, line {rows.line_num}: there are more cells than columns; quote cells that hold tabs")
             yield rows.line_num, row

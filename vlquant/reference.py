@@ -8,10 +8,6 @@ from vlquant.errors import InvalidRequest, VlquantError
 from vlquant.model import resolve_model
 from vlquant.shards import file_hash
 
-HASHED_BYTES = 1 << 28
-"""Files of a reference up to this size are compared by hash, larger ones only by name."""
-
-
 def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path) -> Path:
     """The folder of the checkpoint that the bundle in `beside` was made from.
 
@@ -21,7 +17,7 @@ def find_reference(manifest: Manifest, named: str | Path | None, *, beside: Path
     folder = resolve_model(named) if named is not None else find_source(manifest.source.name, beside)
     for name, expected in manifest.source.files.items():
         path = folder / name
-        if not path.is_file() or (path.stat().st_size <= HASHED_BYTES and file_hash(path) != expected):
+        if not path.is_file() or file_hash(path) != expected:
             raise InvalidRequest(
                 f"{folder} is not the checkpoint {manifest.name} was made from, for its {name} differs; "
                 "name the right one with --reference, or quantize again"

@@ -52,6 +52,8 @@ class AnswerTokens:
     """Sum over the tokens, in nats."""
     same_top: int
     """Tokens with the same likeliest token."""
+    not_finite: int = 0
+    """Tokens at which the bundle's numbers overflowed; they agree in nothing."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class Distribution:
     top_agreement_high: float
     """What the agreement surely stays below."""
     limits: DistributionLimits
+    not_finite: int = 0
+    """Tokens at which the bundle has no distribution, left out of the divergence."""
 
 
 @dataclass(frozen=True)
@@ -225,6 +229,7 @@ def judge_distribution(pictures: Sequence[AnswerTokens], bits: float) -> Distrib
         top_agreement=sum(each.same_top for each in pictures) / sum(tokens),
         top_agreement_high=min(1.0, float(bound(Moments.of(agreements), (1.0,), side=1))),
         limits=limits_for(bits),
+        not_finite=sum(each.not_finite for each in pictures),
     )
 
 
@@ -238,6 +243,8 @@ def distribution_faults(distribution: Distribution | None) -> list[str]:
     if distribution is None:
         return []
     limits, faults = distribution.limits, []
+    if distribution.not_finite:
+        faults.append(f"the bundle's numbers are not finite at {distribution.not_finite} answer tokens")
     if distribution.divergence_low > limits.divergence:
         faults.append(
             f"the mean KL divergence is {distribution.divergence:.4f} nats, surely above "
