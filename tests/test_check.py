@@ -1,6 +1,7 @@
 """`vlquant check` on a small checkpoint: what it finds, writes, keeps and refuses."""
 
 import csv
+import errno
 import io
 import json
 import shutil
@@ -8,12 +9,14 @@ import shutil
 import pytest
 from rich.console import Console
 
+from vlquant.asking import ROWS, question_batches
 from vlquant.bundle import read_manifest
+from vlquant.calib_data.check_sets import BuiltinQuestions
 from vlquant.calib_data.samples import draw_sample
 from vlquant.check import check
 from vlquant.check_options import CheckOptions
 from vlquant.check_result import read_result, to_json
-from vlquant.errors import BrokenCheckpoint, InvalidRequest
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.inspect import check_line, inspect
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
@@ -261,6 +264,65 @@ def test_options_that_mean_nothing_are_refused(fields, said):
 def test_sets_of_one_name_are_refused(bundle, checkpoint):
     with pytest.raises(InvalidRequest, match="two sets are called builtin"):
         check(bundle, reference=checkpoint, options=CheckOptions(sets=("builtin", "builtin"), limit=1))
+
+
+def test_names_that_make_one_file_are_refused(bundle, checkpoint, tmp_path):
+    first = write_set(tmp_path)
+    second = first.rename(tmp_path / "mine docvqa.tsv"), write_set(tmp_path).rename(tmp_path / "Mine_DocVQA.tsv")
+    with pytest.raises(InvalidRequest, match="two sets are called"):
+        check(bundle, reference=checkpoint, options=CheckOptions(sets=tuple(map(str, second)), limit=1))
+
+
+def test_a_damaged_bundle_is_refused(bundle, checkpoint, tmp_path):
+    folder = planted.copied(bundle, tmp_path / "damaged")
+    path = next(folder.glob("*.safetensors"))
+    data = bytearray(path.read_bytes())
+    data[-100] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(BrokenCheckpoint, match="is not as it was written: model.* changed"):
+        check(folder, reference=checkpoint, options=FEW)
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_numbers_that_are_not_finite_fail(bundle, checkpoint, tmp_path, memory):
+    folder = planted.copied(bundle, tmp_path / "overflown")
+    planted.scale_layer(folder, 0, float("inf"))
+    result = check(folder, reference=checkpoint, options=CheckOptions(limit=12, max_new_tokens=6, memory=memory))
+    assert result.verdict.outcome == FAIL and any("not finite at" in each.reason for each in result.verdict.grounds)
+    assert list((folder / "checks").glob("*/report.html"))
+
+
+def test_other_options_are_another_check(bundle, checkpoint):
+    before = len(list((bundle / "checks").iterdir())) if (bundle / "checks").exists() else 0
+    for tokens in (3, 4):
+        check(bundle, reference=checkpoint, options=CheckOptions(limit=2, max_new_tokens=tokens))
+    assert len(list((bundle / "checks").iterdir())) == before + 2
+
+
+def test_a_set_that_is_only_called_like_a_published_one(bundle, checkpoint, tmp_path):
+    path, remarks = write_set(tmp_path).rename(tmp_path / "HallusionBench_mine.tsv"), []
+    options = CheckOptions(sets=(str(path),), max_new_tokens=3, metric="exact")
+    result = check(bundle, reference=checkpoint, options=options, report=lambda event: remarks.append(event.message))
+    assert result.generated.set_scores == {} and any("scores of the whole set are left out" in each for each in remarks)
+
+
+def test_batches_have_one_size_however_many_questions_share_a_picture():
+    class OnePicture:
+        name = "one"
+
+        def groups(self):
+            yield [next(BuiltinQuestions("builtin", limit=1, seed=0).groups())[0]] * (2 * ROWS + 3)
+
+    assert [len(questions) for _, questions in question_batches([OnePicture()])] == [ROWS, ROWS, 3]
+
+
+def test_a_full_disk_is_one_sentence(bundle, checkpoint, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr("vlquant.asking.write_states", full)
+    with pytest.raises(OutputRefused, match="--limit, or name a folder on a larger disk in the environment variable TMPDIR"):
+        check(bundle, reference=checkpoint, options=FEW)
 
 
 def test_no_questions_are_too_few(bundle, checkpoint):

@@ -54,3 +54,9 @@ def test_a_question_is_what_the_model_is_shown():
     ]
     assert len({question_key(each) for each in asked}) == 4
     assert question_key(asked[0]) == question_key(encoded([1, 2], [RED.copy(), BLUE.copy()], [[box, box]]))
+
+
+def test_a_full_disk_costs_only_the_next_run(tmp_path, monkeypatch):
+    kept = KeptAnswers(tmp_path / "gone" / "answers.jsonl")
+    kept.add({"one": ANSWER})
+    assert kept.get("one") == ANSWER and kept.path is None

@@ -31,6 +31,7 @@ def test_more_predictions_than_questions_are_no_harm(written):
 
 
 REFUSED = {
+    "a row cut off": ("index\tquestion\tprediction\n2\tTwo lines?\tB\n0\tWhich", "the row ends before its prediction"),
     "another set": ("index\tquestion\tprediction\n0\tWhen?\tB\n", "line 2: the question of index '0' is 'When[?]' here"),
     "some missing": ('index\tquestion\tprediction\n2\t"Two\nlines?"\tB\n', "no prediction for 2 of 3 questions, the first is index '0'"),
     "one twice": ("index\tquestion\tprediction\nx_1\t何？\tB\nx_1\t何？\tC\n", "line 3: there is a prediction for index 'x_1' already"),

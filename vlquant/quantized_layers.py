@@ -96,7 +96,8 @@ def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, fl
         write, read = (bnb.quantize_nf4, bnb.dequantize_nf4) if recipe.bits == 4 else (bnb.quantize_int8, bnb.dequantize_int8)
         stored = write(weight)
         rounded = read(stored).to(device)
-    return stored, rounded_off(float((rounded - floats).norm() / floats.norm()))
+    length = floats.norm()
+    return stored, rounded_off(float(rounded.sub_(floats).norm() / length))
 
 
 def quantize_layer(
