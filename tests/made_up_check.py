@@ -70,6 +70,8 @@ def made_up(outcome: str) -> CheckResult:
         vision="onnx",
         sets=(AskedSet("builtin", "5c" * 32, len(every), questions, ("exact", "anls", "iou")),),
         seed=0,
+        max_new_tokens=128,
+        predictions_sha256=None,
         forced_text="reference",
         verdict=verdict,
         distribution=summary(divergences, verdict.distribution.top_agreement),

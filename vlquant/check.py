@@ -72,7 +72,9 @@ def check(
     with working_folder("check") as work:
         findings, prompts = examine(sides, sets, manifest, work, options=options, report=report)
         measured = measure(sides, findings, prompts, work, options=options, report=report)
-    result = conclude(manifest, sides, sets, findings, measured, options=options, report=report)
+    result = conclude(manifest, sides, sets, findings, measured, options=options)
+    for name in unlike_published(pairs_of(findings), result.generated):
+        report(Event("check", message=f"{name}: scores of the whole set are left out, for its indices are not the published ones"))
     store_check(folder, result, findings, report)
     return result
 
@@ -183,14 +185,12 @@ def imported(path: Path, findings: Findings, reference: Path) -> list[KeptAnswer
 
 def conclude(
     manifest: Manifest, sides: tuple[Side, Side], sets: Sequence[CheckSet], findings: Findings, measured: Measured, *,
-    options: CheckOptions, report: Report,
+    options: CheckOptions,
 ) -> CheckResult:  # fmt: skip
     """The verdict, with everything it rests on."""
     pairs = pairs_of(findings)
     verdict = verdict_of(manifest, findings, measured.compared, options)
     generated = generated_result(pairs)
-    for name in unlike_published(pairs, generated):
-        report(Event("check", message=f"{name}: scores of the whole set are left out, for its indices are not the published ones"))
     if generated is None and verdict.outcome == INCONCLUSIVE:
         verdict = replace(verdict, reason=NOT_SCORED, pictures_needed=None)
     repeated = findings.repeated
