@@ -121,13 +121,24 @@ class Swaps:
 
     @contextmanager
     def _states(self, parts: Parts, answers: Answers) -> Iterator[tuple[HiddenStates, HiddenStates]]:
-        """Hidden states of reference and mixture along answers, as long as they are needed."""
-        with tempfile.TemporaryDirectory(dir=self.work) as first, tempfile.TemporaryDirectory(dir=self.work) as second:
-            shared = {"device": self.options.device, "step": lambda *done: None}
-            yield (
-                forced_states(self.models[0], self.prompts[0], answers, folder=Path(first), **shared),
-                forced_states(self._mixture(parts), self._prompts(parts), answers, folder=Path(second), **shared),
-            )
+        """Hidden states of reference and mixture along answers, the mixture's as long as they are needed."""
+        with tempfile.TemporaryDirectory(dir=self.work) as folder:
+            yield self._reference(answers), self._forced(self._mixture(parts), self._prompts(parts), answers, Path(folder))
+
+    def _reference(self, answers: Answers) -> HiddenStates:
+        """The reference's, which no part changes: computed once for all answers, and once for some."""
+        if len(answers) not in self._known:
+            folder = Path(tempfile.mkdtemp(dir=self.work))
+            self._known[len(answers)] = self._forced(self.models[0], self.prompts[0], answers, folder)
+        return self._known[len(answers)]
+
+    def _forced(self, model: Model | Mixture, prompts: HiddenStates, answers: Answers, folder: Path) -> HiddenStates:
+        return forced_states(model, prompts, answers, folder=folder, device=self.options.device, step=lambda *done: None)
+
+    @cached_property
+    def _known(self) -> dict[int, HiddenStates]:
+        """States of the reference by number of answers, which tells all from some."""
+        return {}
 
     def _mixture(self, parts: Parts) -> Mixture:
         return Mixture(self.models[1], self.models[0], frozenset(part for part in parts if part != VISION))
