@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, KeyValueCache
+from vlquant.decoder import Decoder
+from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
@@ -67,7 +68,7 @@ class Decoding:
     """
 
     def __init__(
-        self, decoder: Decoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation, ending: Ending
+        self, decoder: Decoder | NativeDecoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation, ending: Ending
     ):
         self._decoder, self._generation, self._ending = decoder, generation, ending
         self._embeddings, self._attention_mask = embeddings, attention_mask
@@ -79,7 +80,7 @@ class Decoding:
         embeddings, generation = self._embeddings, self._generation
         batch, length, _ = embeddings.shape
         capacity = length + generation.max_new_tokens
-        cache = KeyValueCache(self._decoder.config, batch=batch, capacity=capacity, device=embeddings.device)
+        cache = self._decoder.new_cache(batch=batch, capacity=capacity)
         mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)

@@ -1,4 +1,4 @@
-"""Matmuls with packed weights, and a decoder built from them. Knows tensors and a `Model`; no text, pictures or files.
+"""Matmuls with packed weights in torch. Knows tensors; no model, text, pictures or files.
 
 Weights stay packed. A call expands one block of rows to float32, multiplies and reuses the memory; every block goes
 through one shared buffer, because fresh memory for each call costs twice the arithmetic (page faults).
@@ -10,10 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlquant.bnb import nf4_block_maxima, nf4_state
-from vlquant.decoder import LINEARS, Decoder, DecoderLayer, FloatLinear, Linear, norm_names
+from vlquant.decoder import FloatLinear, Linear
 from vlquant.errors import UnsupportedCheckpoint
-from vlquant.family import LANGUAGE_MODEL
-from vlquant.model import Model
 from vlquant.packing import symmetric_zero, unpack_gptq
 
 BLOCK_ELEMENTS = 16 * 2**20
@@ -183,31 +181,3 @@ def make_linear(tensors: dict[str, Tensor], *, workspace: Workspace, gptq_versio
     if weight.dtype == torch.float32:
         return FloatLinear(weight, bias if bias is None else bias.float().to(workspace.device))
     return StoredLinear(weight, workspace=workspace, bias=bias)
-
-
-def load_decoder(model: Model, device: str | torch.device = "cpu") -> Decoder:
-    """The decoder of a bundle (packed linears) or of an unquantized checkpoint (float linears).
-
-    Its embedding keeps the stored precision: widen what `embed` returns to float32.
-    """
-    config, workspace = model.config.decoder, Workspace(device)
-    layers = [load_layer(model, index, workspace) for index in range(config.layers)]
-    embedding = model.tensor(LANGUAGE_MODEL + "embed_tokens.weight").to(device)
-    head = embedding if config.tied_head else model.tensor("lm_head.weight").to(device)
-    norm = model.tensor(LANGUAGE_MODEL + "norm.weight").float().to(device)
-    linear = make_linear({"weight": head}, workspace=workspace)
-    return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=linear)
-
-
-def load_layer(model: Model, index: int, workspace: Workspace) -> DecoderLayer:
-    """One layer of a bundle or checkpoint."""
-    tensors = model.decoder_layer(index)
-    version = model.gptq_version
-    linears = {name: make_linear(_part(tensors, name), workspace=workspace, gptq_version=version) for name in LINEARS}
-    norms = {name: tensors[f"{name}.weight"].float().to(workspace.device) for name in norm_names(model.config.decoder)}
-    return DecoderLayer(model.config.decoder, linears, norms)
-
-
-def _part(tensors: dict[str, Tensor], module: str) -> dict[str, Tensor]:
-    prefix = module + "."
-    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, KeyValueCache, rope_depends_on_length
+from vlquant.decoder import Decoder, rope_depends_on_length
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model
 from vlquant.request import EncodedRequest, Request, encode_answer
 from vlquant.runtime.answer import Answer, AnswerText, History, PieceStream, Usage
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
-from vlquant.runtime.linear import load_decoder
+from vlquant.runtime.loading import load_decoder
 from vlquant.runtime.messages import Prompt, is_conversation
+from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.runtime.reader import Features, Reader, open_reader, require_device
 from vlquant.tokenizer import Tokenizer
 
@@ -61,7 +62,7 @@ class Pipeline(Reader):
     """Answers requests one by one, as a stream or in batches. For one thread at a time."""
 
     def __init__(
-        self, model: Model, tokenizer: Tokenizer, *, decoder: Decoder, features: TileFeatures, max_tiles: int | None = None
+        self, model: Model, tokenizer: Tokenizer, *, decoder: Decoder | NativeDecoder, features: TileFeatures, max_tiles: int | None = None
     ):
         super().__init__(model, tokenizer, features=features, max_tiles=max_tiles)
         self.decoder = decoder
@@ -140,7 +141,7 @@ class Pipeline(Reader):
         ]
         longest = max(map(len, forced))
         device, (rows, length) = batch.embeddings.device, batch.attention_mask.shape
-        cache = KeyValueCache(self.decoder.config, batch=rows, capacity=length + longest, device=device)
+        cache = self.decoder.new_cache(batch=rows, capacity=length + longest)
         logits = [self.decoder(batch.embeddings, attention_mask=batch.attention_mask, cache=cache)]
         padded = [ids[:-1] + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in forced]
         known = [[True] * (len(ids) - 1) + [False] * (longest - len(ids)) for ids in forced]
@@ -166,7 +167,7 @@ class Pipeline(Reader):
         started = time.perf_counter()
         features = self.features(encoded) if features is None else features
         vision_seconds = time.perf_counter() - started
-        device, length = self.decoder.embedding.device, max(len(each.ids) for each in encoded)
+        device, length = self.decoder.device, max(len(each.ids) for each in encoded)
         padding = [length - len(each.ids) for each in encoded]
         ids = [[self.tokenizer.pad_id] * pad + list(each.ids) for pad, each in zip(padding, encoded, strict=True)]
         ids = torch.tensor(ids, device=device)

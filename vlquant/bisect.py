@@ -28,7 +28,7 @@ from vlquant.reference import find_reference
 from vlquant.request import EncodedRequest
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Generation
-from vlquant.runtime.linear import load_decoder
+from vlquant.runtime.loading import layered_decoder
 from vlquant.runtime.pipeline import Batch, Pipeline
 from vlquant.runtime.vision_session import MissingVision
 from vlquant.tokenizer import load_tokenizer
@@ -150,7 +150,7 @@ class Swaps:
     def _generated(self, parts: Parts) -> list[KeptAnswer]:
         """Greedy answers of the mixture to the embedded prompts."""
         mixture, generation = self._mixture(parts), Generation(max_new_tokens=self.options.max_new_tokens)
-        decoder = load_decoder(mixture, self.options.device)
+        decoder = layered_decoder(mixture, self.options.device)
         pipeline = Pipeline(
             mixture, load_tokenizer(mixture.folder), decoder=decoder, features=TileFeatures(MissingVision(mixture.folder))
         )

@@ -111,7 +111,7 @@ class Checkpoint:
         if any(len(each) != wide for each in found):
             raise _truncated(stored.path)
         tensors = [torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for each in found]
-        return torch.stack(tensors)[order]
+        return torch.stack(tensors)[order] if tensors else torch.empty(0, *stored.shape[1:], dtype=stored.dtype)
 
     def find(self, name: str) -> StoredTensor:
         """Where one tensor lies. Raises BrokenCheckpoint if there is none of that name."""

@@ -261,6 +261,15 @@ class Decoder:
         self.config, self.embedding, self.layers = config, embedding, layers
         self.norm, self.head = norm, head
 
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        return self.embedding.device
+
+    def new_cache(self, *, batch: int, capacity: int) -> KeyValueCache:
+        """An empty cache for conversations of `capacity` positions."""
+        return KeyValueCache(self.config, batch=batch, capacity=capacity, device=self.device)
+
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""
         return F.embedding(ids, self.embedding)

@@ -13,9 +13,9 @@ from vlquant.decoder import DecoderLayer, LayerCache, rms_norm, rope_depends_on_
 from vlquant.distributions import TokenComparison, compare_logits
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.hidden_states import HiddenStates, write_states
-from vlquant.layout import HEAD
 from vlquant.model import Model
-from vlquant.runtime.linear import Workspace, load_layer, make_linear
+from vlquant.runtime.linear import Workspace
+from vlquant.runtime.loading import load_head, load_layer
 
 ROWS_AT_ONCE = 64
 """Answer tokens whose logits are in memory together: each has one per word of the vocabulary, in double precision."""
@@ -78,7 +78,7 @@ class LogitsHead:
 
     def __init__(self, model: Model, device: str = "cpu"):
         self.norm, self.eps = model.tensor(f"{LANGUAGE_MODEL}norm.weight").float().to(device), model.config.decoder.norm_eps
-        self.head = make_linear({"weight": model.tensor(HEAD)}, workspace=Workspace(device))
+        self.head = load_head(model, Workspace(device))
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Logits float32 [tokens, vocab] of hidden states [tokens, hidden_size]."""

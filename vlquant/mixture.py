@@ -12,6 +12,7 @@ class Mixture:
     def __init__(self, bundle: Model, reference: Model, restored: frozenset[int]):
         self.bundle, self.reference, self.restored = bundle, reference, restored
         self.config, self.folder, self.gptq_version = bundle.config, bundle.folder, bundle.gptq_version
+        self.checkpoint = bundle.checkpoint
 
     def decoder_layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of decoder layer `index` by relative name, packed or float."""

@@ -7,6 +7,7 @@ from vlquant.errors import InvalidRecipe
 
 METHODS = ("gptq", "rtn", "bnb")
 BITS = {"gptq": (3, 4, 8), "rtn": (3, 4, 8), "bnb": (4, 8)}
+HEAD_BITS = (8, 16)
 GROUP_SIZES = (32, 64, 128, -1)
 USED = {
     "gptq": ("average_bits", "group_size", "damping", "compensation", "vision_share", "answer_share", "calibration", "samples", "tokens", "seed"),
@@ -33,6 +34,8 @@ class Recipe:
     """Bits per weight: 4, 8 or, experimental and not with bitsandbytes, 3."""
     average_bits: float | None = None
     """Bits per weight on average, between 4 and 8: linears that need it most get 8, the others 4. GPTQ only."""
+    head_bits: int = 8
+    """Bits of the head while answering on a CPU: 8, rounded row by row when loaded, or 16, as stored. The checkpoint's stays float."""
     group_size: int = 128
     """Input columns sharing one scale; -1: all of them. GPTQ and RTN."""
     damping: float = 0.05
@@ -64,6 +67,8 @@ class Recipe:
                 f"an average of {self.average_bits} bits with --bits {self.bits} is not possible; it is made of 4 and 8: "
                 "use --bits 4 and an --average-bits between 4 and 8"
             )
+        if self.head_bits not in HEAD_BITS:
+            raise InvalidRecipe(f"a head of {self.head_bits} bits is not supported; use --head-bits 8, or 16 for the stored one")
         if self.group_size not in GROUP_SIZES:
             raise InvalidRecipe(
                 f"group size {self.group_size} is not supported; use --group-size 32, 64, 128 or -1 (whole rows)"
@@ -98,7 +103,7 @@ class Recipe:
     def to_dict(self) -> dict:
         """The fields that this method uses, ready for JSON."""
         names = SETS_SEPARATOR.join(os.path.basename(os.path.abspath(each)) for each in self.calibration)
-        fields, used = {**asdict(self), "calibration": names}, ("method", "bits", *USED[self.method])
+        fields, used = {**asdict(self), "calibration": names}, ("method", "bits", "head_bits", *USED[self.method])
         return {name: value for name, value in fields.items() if name in used and value is not None}
 
     @property

@@ -16,10 +16,10 @@ from vlquant.calibrate import VisionWeights
 from vlquant.decoder import rms_norm, rotary_tables
 from vlquant.errors import VlquantError
 from vlquant.family import LANGUAGE_MODEL
-from vlquant.layout import HEAD
 from vlquant.model import Model, open_model
 from vlquant.request import encode_request
-from vlquant.runtime.linear import Workspace, load_layer, make_linear
+from vlquant.runtime.linear import Workspace
+from vlquant.runtime.loading import load_head, load_layer
 from vlquant.tokenizer import load_tokenizer
 from vlquant.vision import vision_features
 
@@ -60,7 +60,7 @@ def last_logits(model: Model, hidden: Tensor) -> Tensor:
     for index in range(config.layers):
         hidden = load_layer(model, index, workspace)(hidden, rotary)
     norm = model.tensor(LANGUAGE_MODEL + "norm.weight").float()
-    head = make_linear({"weight": model.tensor(HEAD)}, workspace=workspace)
+    head = load_head(model, workspace)
     return head(rms_norm(hidden[:, -1:], norm, config.norm_eps))
 
 

@@ -62,8 +62,13 @@ def shard_name(index: int, count: int) -> str:
     return "model.safetensors" if count == 1 else f"model-{index + 1:05}-of-{count:05}.safetensors"
 
 
-def write_safetensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None) -> None:
-    """Write one safetensors file, streaming: no copy of the tensors is made."""
+def write_safetensors(
+    path: Path, tensors: dict[str, Tensor], *, metadata: dict[str, str] | None = None, alignment: int = 8
+) -> None:
+    """Write one safetensors file, streaming: no copy of the tensors is made.
+
+    alignment: the file ends at a multiple of so many bytes, and with it begin all tensors of bytes that are such multiples.
+    """
     # The widest elements first, so that every tensor is aligned to its elements.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, dict] = {"__metadata__": {"format": "pt"} | (metadata or {})}
@@ -73,7 +78,7 @@ def write_safetensors(path: Path, tensors: dict[str, Tensor], *, metadata: dict[
         header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
         end = offsets[1]
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8 if alignment == 8 else -(8 + len(text) + end) % alignment)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:

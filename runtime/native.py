@@ -1,0 +1,207 @@
+"""Products with packed codes and whole decoder steps, compiled: tensors in and out of runtime/native/*.c by ctypes.
+
+Inputs are rounded to 8 bits, one scale per 32 of them, as llama.cpp does; sums are exact integers, then float32.
+Built when vlquant is installed, if there is a C compiler; for x86-64 processors with AVX2, better with AVX-512 VNNI.
+"""
+
+import ctypes
+import importlib.util
+import os
+from collections.abc import Mapping
+from ctypes import Structure, c_int, c_int64, c_void_p
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlquant.errors import InvalidRequest
+from vlquant.packing import symmetric_zero, unpack_gptq
+
+PANEL = 16
+"""Rows of a matrix whose codes lie side by side."""
+BLOCK = 32
+"""Columns that share a scale of inputs."""
+INSTRUCTIONS = {1: "AVX2", 2: "AVX-512 VNNI"}
+CHOICES = {"avx2": 1, "vnni": 2}
+"""What VLQUANT_KERNELS may ask for, beside torch."""
+
+
+class MatrixFields(Structure):
+    """`Matrix` of runtime/native/model.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("codes", "scales", "bias")] + [
+        (name, c_int64) for name in ("rows", "columns", "group_size", "bits")
+    ]
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """Codes and scales of one linear as the kernels read them."""
+
+    codes: Tensor
+    """uint8 [panels, blocks, bytes]: `pack_codes`."""
+    scales: Tensor
+    """float16 [panels, groups, 16]."""
+    bias: Tensor | None
+    """float32 [padded rows]."""
+    rows: int
+    """Without padding."""
+
+    @property
+    def columns(self) -> int:
+        """Inputs."""
+        return BLOCK * self.codes.shape[1]
+
+    @property
+    def bits(self) -> int:
+        """4 or 8."""
+        return 8 * self.codes.shape[2] // (PANEL * BLOCK)
+
+    def fields(self) -> MatrixFields:
+        """What the kernels take; valid as long as the tensors are."""
+        bias = None if self.bias is None else self.bias.data_ptr()
+        padded, group_size = PANEL * len(self.codes), self.columns // self.scales.shape[1]
+        return MatrixFields(self.codes.data_ptr(), self.scales.data_ptr(), bias, padded, self.columns, group_size, self.bits)
+
+
+def pack_codes(codes: Tensor) -> Tensor:
+    """Codes uint8 [rows, columns], 0 .. 255, in the order the kernels read: [panels, blocks of 32 columns, 512 bytes].
+
+    A block holds, for each four columns, four bytes of each of 16 rows.
+    """
+    rows, columns = codes.shape
+    codes = F.pad(codes, (0, 0, 0, -rows % PANEL), value=0)
+    quads = codes.view(-1, PANEL, columns // BLOCK, 8, 4).permute(0, 2, 3, 1, 4)  # [panels, blocks, quads, rows, 4]
+    return quads.reshape(len(quads), columns // BLOCK, PANEL * BLOCK)
+
+
+def pack_half_bytes(codes: Tensor) -> Tensor:
+    """Codes uint8 [rows, columns], 0 .. 15: as `pack_codes`, the second half of each block in the high half bytes of the first."""
+    low, high = pack_codes(codes).chunk(2, dim=2)
+    return low | high << 4
+
+
+def pack_scales(scales: Tensor) -> Tensor:
+    """Scales [groups, rows] as float16 [panels, groups, 16]."""
+    padded = F.pad(scales.to(torch.float16), (0, -scales.shape[1] % PANEL))
+    return padded.view(len(scales), -1, PANEL).transpose(0, 1).contiguous()
+
+
+def padded_bias(bias: Tensor | None) -> Tensor | None:
+    """A bias [rows] for whole panels."""
+    return None if bias is None else F.pad(bias.float(), (0, -len(bias) % PANEL))
+
+
+def pack_linear(tensors: Mapping[str, Tensor], gptq_version: int = 1) -> PackedMatrix | None:
+    """What the kernels need of a linear's tensors as a bundle holds them; None for what they do not compute.
+
+    They compute GPTQ with 4 or 8 bits and bitsandbytes' int8: symmetric, groups of consecutive columns in multiples of 32.
+    """
+    if "SCB" in tensors:
+        codes, scales = tensors["weight"].to(torch.int16) + 128, tensors["SCB"].float()[None] / 127
+        return packed_matrix(codes.to(torch.uint8), scales, tensors.get("bias"), bits=8)
+    if "qweight" not in tensors:
+        return None
+    columns = tensors["g_idx"].numel()
+    bits = 32 * tensors["qweight"].shape[0] // columns
+    groups = len(tensors["scales"])
+    if bits not in (4, 8) or columns % (groups * BLOCK):
+        return None
+    codes, scales, zeros = unpack_gptq(tensors, bits, gptq_version)
+    in_order = torch.equal(tensors["g_idx"], torch.arange(columns, dtype=torch.int32) // (columns // groups))
+    if not in_order or bool((zeros != symmetric_zero(bits)).any()):
+        return None
+    return packed_matrix(codes, scales, tensors.get("bias"), bits=bits)
+
+
+def packed_matrix(codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: int) -> PackedMatrix | None:
+    """Codes uint8 [rows, columns] with scales [groups, rows]; None if the columns are not whole blocks."""
+    rows, columns = codes.shape
+    if columns % BLOCK:
+        return None
+    packed = pack_half_bytes(codes) if bits == 4 else pack_codes(codes)
+    return PackedMatrix(packed, pack_scales(scales), padded_bias(bias), rows)
+
+
+def round_rows(weight: Tensor) -> PackedMatrix | None:
+    """A float weight [rows, columns] in 8 bits with one scale per row: the head at run time."""
+    wide = weight.float()
+    scales = (wide.abs().amax(1) / 126.9).to(torch.float16)  # A half may round down by a 2048th: nothing is cut off for it.
+    divisors = torch.where(scales == 0, 1, scales.float())[:, None]
+    codes = (wide / divisors).round().clamp(-127, 127) + 128
+    return packed_matrix(codes.to(torch.uint8), scales[None], None, bits=8)
+
+
+class NativeLinear:
+    """`x @ weight.T + bias` by the kernels; called like any other linear."""
+
+    def __init__(self, kernels: "Kernels", matrix: PackedMatrix):
+        self.kernels, self.matrix = kernels, matrix
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map float32 `x` [..., columns] to [..., rows]."""
+        return self.kernels.product(x.flatten(0, -2), self.matrix).unflatten(0, x.shape[:-1])
+
+
+class Kernels:
+    """The compiled library with its team of threads."""
+
+    def __init__(self, path: str, instructions: int | None = None):
+        self.library = library = ctypes.CDLL(path)
+        found = library.vlquant_instructions()
+        self.instructions = found if instructions is None else min(found, instructions)
+        for name in ("vlquant_stack_scratch", "vlquant_product_scratch"):
+            getattr(library, name).restype = c_int64
+        library.vlquant_stack_scratch.argtypes = [c_void_p, c_void_p, c_int64]
+        library.vlquant_product_scratch.argtypes = [c_void_p, c_int64]
+        library.vlquant_run_stack.argtypes = [c_int] + [c_void_p] * 4
+        library.vlquant_run_product.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
+        self._scratch = torch.empty(0)
+
+    def gather(self) -> None:
+        """Have as many threads as torch uses; raises OSError if the system gives none."""
+        if self.library.vlquant_threads(torch.get_num_threads()):
+            raise OSError("the system gives no more threads")
+
+    def scratch(self, floats: int) -> int:
+        """Address of so many floats, kept for the next call: fresh memory costs more than the arithmetic."""
+        if self._scratch.numel() < floats:
+            with torch.inference_mode(False):
+                self._scratch = torch.empty(floats)
+        return self._scratch.data_ptr()
+
+    def run_stack(self, stack: Structure, cache: Structure, step: Structure) -> None:
+        """Let all layers transform the hidden states of a step, in place, and fill the cache."""
+        self.gather()
+        stack, cache, length = ctypes.byref(stack), ctypes.byref(cache), step.length
+        scratch = self.scratch(self.library.vlquant_stack_scratch(stack, cache, length))
+        self.library.vlquant_run_stack(self.instructions, stack, cache, ctypes.byref(step), scratch)
+
+    def product(self, values: Tensor, matrix: PackedMatrix) -> Tensor:
+        """values float32 [rows, columns] @ matrix.T + bias: float32 [rows, matrix rows]."""
+        self.gather()
+        values, fields = values.contiguous(), matrix.fields()
+        outputs = torch.empty(len(values), fields.rows)
+        scratch = self.scratch(self.library.vlquant_product_scratch(ctypes.byref(fields), len(values)))
+        self.library.vlquant_run_product(
+            self.instructions, ctypes.byref(fields), values.data_ptr(), len(values), outputs.data_ptr(), scratch
+        )
+        return outputs[:, : matrix.rows]
+
+
+@cache
+def native_kernels() -> Kernels | None:
+    """The kernels of this installation and processor; None where there are none, or VLQUANT_KERNELS asks for torch.
+
+    Raises InvalidRequest if VLQUANT_KERNELS is neither torch, avx2 nor vnni, or asks for what the processor lacks.
+    """
+    wanted = os.environ.get("VLQUANT_KERNELS", "")
+    if wanted not in ("", "torch", *CHOICES):
+        raise InvalidRequest(f"the environment variable VLQUANT_KERNELS is {wanted!r}; set it to torch, avx2 or vnni, or unset it")
+    found = importlib.util.find_spec("vlquant.runtime._kernels")
+    kernels = Kernels(found.origin, CHOICES.get(wanted)) if found and wanted != "torch" else None
+    if wanted in CHOICES and (kernels is None or kernels.instructions != CHOICES[wanted]):
+        raise InvalidRequest(f"VLQUANT_KERNELS asks for {wanted}, which this processor or installation lacks; unset it")
+    return kernels if kernels and kernels.instructions else None

@@ -1,0 +1,139 @@
+/* Grouped-query attention over the cache.
+
+   A piece of work is up to eight queries that share a key head: heads of its group, then heads of the next position.
+   Keys lie LANES positions side by side, so that their scores need no sum over lanes. */
+
+/* Queries [heads * head_dim] of one row turned in place, and its key and value put into the cache. */
+static void rotate_heads(float *rows, int64_t heads, int64_t head_dim, const float *norm, float eps,
+                                const float *cosines, const float *sines)
+{
+    for (int64_t head = 0; head < heads; head++) {
+        float *x = rows + head * head_dim, scale = 1;
+        if (norm) {
+            float squares = 0;
+            for (int64_t i = 0; i < head_dim; i++) squares += x[i] * x[i];
+            scale = 1 / sqrtf(squares / (float)head_dim + eps);
+            for (int64_t i = 0; i < head_dim; i++) x[i] = norm[i] * (x[i] * scale);
+        }
+        for (int64_t i = 0; i < head_dim / 2; i++) {
+            float first = x[i], second = x[i + head_dim / 2];
+            x[i] = first * cosines[i] - second * sines[i];
+            x[i + head_dim / 2] = second * cosines[i + head_dim / 2] + first * sines[i + head_dim / 2];
+        }
+    }
+}
+
+/* scores[q][position] of `count` queries [head_dim] for the positions from `start` to `stop`, in whole blocks of lanes. */
+INLINE void score(const float *keys, const float *const *queries, int64_t head_dim, int64_t start, int64_t stop,
+                         float *scores, int64_t capacity, const int count)
+{
+    for (int64_t block = start / LANES; block * LANES < stop; block++) {
+        const float *own = keys + block * LANES * head_dim;
+        floats found[count];
+        for (int q = 0; q < count; q++) found[q] = (floats){0};
+        for (int64_t i = 0; i < head_dim; i++) {
+            floats key = read_floats(own + i * LANES);
+            for (int q = 0; q < count; q++) found[q] += key * queries[q][i];
+        }
+        for (int q = 0; q < count; q++) write_floats(scores + q * capacity + block * LANES, found[q]);
+    }
+}
+
+/* Softmax of scores[start..stop) times `scale`, in place, not yet divided by the returned sum; zeros around it. */
+static float soften(float *scores, int64_t start, int64_t stop, int64_t from, int64_t to, float scale)
+{
+    for (int64_t i = from / LANES * LANES; i < start; i++) scores[i] = -INFINITY;
+    for (int64_t i = stop; i < (to + LANES - 1) / LANES * LANES; i++) scores[i] = -INFINITY;
+    floats most = all_floats(-INFINITY), sums = {0};
+    for (int64_t i = from / LANES * LANES; i < to; i += LANES) most = larger(most, read_floats(scores + i));
+    floats top = all_floats(largest_lane(most) * scale);
+    for (int64_t i = from / LANES * LANES; i < to; i += LANES) {
+        floats own = exponential(read_floats(scores + i) * scale - top);
+        write_floats(scores + i, own);
+        sums += own;
+    }
+    for (int64_t i = from / LANES * LANES; i < start; i++) scores[i] = 0;
+    for (int64_t i = stop; i < (to + LANES - 1) / LANES * LANES; i++) scores[i] = 0;
+    return sum_lanes(sums);
+}
+
+/* Values weighed by scores, two registers of features of `count` queries at a time. */
+INLINE void mix(const float *values, const float *scores, int64_t capacity, int64_t head_dim, int64_t start,
+                       int64_t stop, const float *sums, float *const *outputs, const int count)
+{
+    for (int64_t feature = 0; feature < head_dim; feature += 2 * LANES) {
+        const int pair = feature + 2 * LANES <= head_dim;
+        floats low[count], high[count];
+        for (int q = 0; q < count; q++) low[q] = high[q] = (floats){0};
+        for (int64_t position = start; position < stop; position++) {
+            const float *own = values + position * head_dim + feature;
+            floats first = read_floats(own), second = pair ? read_floats(own + LANES) : (floats){0};
+            for (int q = 0; q < count; q++) {
+                float share = scores[q * capacity + position];
+                low[q] += first * share;
+                high[q] += second * share;
+            }
+        }
+        for (int q = 0; q < count; q++) {
+            write_floats(outputs[q] + feature, low[q] / sums[q]);
+            if (pair) write_floats(outputs[q] + feature + LANES, high[q] / sums[q]);
+        }
+    }
+}
+
+INLINE void attend(const float *keys, const float *values, const float *const *queries, float *const *outputs,
+                          const int64_t *stops, int64_t start, int64_t head_dim, int64_t capacity, float *scores,
+                          const int count)
+{
+    int64_t last = stops[count - 1];
+    float sums[count];
+    score(keys, queries, head_dim, start, last, scores, capacity, count);
+    for (int q = 0; q < count; q++)
+        sums[q] = soften(scores + q * capacity, start, stops[q], start, last, 1 / sqrtf((float)head_dim));
+    mix(values, scores, capacity, head_dim, start, last, sums, outputs, count);
+}
+
+typedef struct {
+    const float *queries; /* [batch * length][heads * head_dim] */
+    float *outputs;       /* the same */
+    float *scores;        /* of this member: [QUERIES][capacity] */
+} Attended;
+
+/* A share of the attention of one layer; the team meets afterwards. */
+static void attend_all(Team *team, const Stack *stack, const Cache *cache, const Step *step, int64_t layer,
+                              const Attended *of)
+{
+    const int64_t heads = stack->key_value_heads, group = stack->heads / heads, width = stack->heads * stack->head_dim;
+    const int64_t per_head = (step->length * group + QUERIES - 1) / QUERIES, area = cache->capacity * stack->head_dim;
+    for (;;) {
+        /* The longest first: pieces at the end of a prompt see the most. */
+        int64_t piece = draw(team), pieces = cache->batch * heads * per_head;
+        if (piece >= pieces) break;
+        piece = pieces - 1 - piece;
+        int64_t sequence = piece % cache->batch, head = piece / cache->batch % heads;
+        int64_t first = piece / cache->batch / heads * QUERIES, start = step->starts[sequence];
+        const float *queries[QUERIES];
+        float *outputs[QUERIES];
+        int64_t stops[QUERIES], place = (layer * cache->batch + sequence) * heads + head;
+        int count = 0;
+        for (int64_t i = first; i < step->length * group && count < QUERIES; i++) {
+            int64_t row = sequence * step->length + i / group, offset = row * width + (head * group + i % group) * stack->head_dim;
+            if (step->past + i / group < start) {
+                memset(of->outputs + offset, 0, sizeof(float) * stack->head_dim); /* padding: nobody reads it */
+                continue;
+            }
+            queries[count] = of->queries + offset;
+            outputs[count] = of->outputs + offset;
+            stops[count++] = step->past + i / group + 1;
+        }
+        const float *keys = cache->keys + place * area, *values = cache->values + place * area;
+        int done = 0;
+        #define ATTEND(n) \
+            for (; count - done >= n; done += n) \
+                attend(keys, values, queries + done, outputs + done, stops + done, start, stack->head_dim, \
+                              cache->capacity, of->scores, n);
+        ATTEND(8) ATTEND(7) ATTEND(4) ATTEND(2) ATTEND(1)
+        #undef ATTEND
+    }
+    meet(team);
+}

@@ -1,0 +1,16 @@
+/* The kernels for AVX2. */
+
+#include "system.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#define LANES 8
+#define TILE_PANELS 1
+#define TILE_ROWS 2
+#define RUN_STACK run_stack_avx2
+#define RUN_PRODUCT run_product_avx2
+
+#include "buffers.h"
+#include "lanes.h"
+#include "matmul.h"
+#include "attention.h"
+#include "stack.h"

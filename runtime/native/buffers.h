@@ -1,0 +1,33 @@
+/* How the memory that Python hands over is parted. */
+
+typedef struct { int64_t queries, keys, gate, scores, row, inputs; } Sizes;
+
+static inline int64_t whole(int64_t floats) { return (floats + 31) / 32 * 32; }
+
+/* Floats of every buffer of a step. */
+static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t length, int threads)
+{
+    int64_t rows = cache->batch * length, width = stack->heads * stack->head_dim;
+    int64_t widest = stack->intermediate_size > width ? stack->intermediate_size : width;
+    if (stack->hidden_size > widest) widest = stack->hidden_size;
+    return (Sizes){
+        .queries = rows * width, .keys = rows * stack->key_value_heads * stack->head_dim, .gate = rows * widest,
+        .scores = threads * 8 * cache->capacity, .row = threads * stack->hidden_size, .inputs = rows * widest,
+    };
+}
+
+static inline float *take(float **scratch, int64_t floats)
+{
+    float *taken = *scratch;
+    *scratch += whole(floats);
+    return taken;
+}
+
+static inline Inputs take_inputs(float **scratch, int64_t count)
+{
+    int8_t *codes = (int8_t *)take(scratch, (count + 3) / 4);
+    float *scales = take(scratch, count / 32);
+    return (Inputs){codes, scales, (int32_t *)take(scratch, count / 32)};
+}
+
+static inline int64_t floats_of_inputs(int64_t count) { return whole((count + 3) / 4) + 2 * whole(count / 32); }

@@ -1,0 +1,64 @@
+/* What Python calls. The processor chooses between the two compilations of the same source: vnni.c and avx2.c.
+
+   Python (runtime/native.py) hands over every buffer; nothing is allocated here but threads. Fast because weights are
+   read once per token, packed, and one team of threads does everything from one token to the next. */
+
+#define Py_LIMITED_API 0x030B0000
+#include <Python.h>
+
+#include "system.h"
+#include "buffers.h"
+
+void run_stack_vnni(Team *, const Stack *, const Cache *, const Step *, float *);
+void run_stack_avx2(Team *, const Stack *, const Cache *, const Step *, float *);
+void run_product_vnni(Team *, const Matrix *, const float *, int64_t, float *, float *);
+void run_product_avx2(Team *, const Matrix *, const float *, int64_t, float *, float *);
+
+static Team *team;
+
+/* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. */
+int vlquant_instructions(void)
+{
+    __builtin_cpu_init();
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl")) return 2;
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+}
+
+/* Have so many threads from now on; 0 if the system gives them. A team survives neither a fork nor a change of size. */
+int vlquant_threads(int size)
+{
+    if (team && team->size == size && team->owner == getpid()) return 0;
+    team = new_team(size); /* an old one sleeps for ever: its threads may belong to the process before the fork */
+    return team ? 0 : -1;
+}
+
+int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t length)
+{
+    Sizes size = sizes_of(stack, cache, length, team->size);
+    return whole(size.queries) + 2 * whole(size.keys) + 2 * whole(size.gate) + whole(size.scores) + whole(size.row)
+        + floats_of_inputs(size.inputs);
+}
+
+int64_t vlquant_product_scratch(const Matrix *matrix, int64_t rows)
+{
+    return floats_of_inputs(rows * matrix->columns);
+}
+
+/* instructions: as found above, or fewer. */
+void vlquant_run_stack(int instructions, const Stack *stack, const Cache *cache, const Step *step, float *scratch)
+{
+    if (instructions == 2) run_stack_vnni(team, stack, cache, step, scratch);
+    else run_stack_avx2(team, stack, cache, step, scratch);
+}
+
+void vlquant_run_product(int instructions, const Matrix *matrix, const float *values, int64_t rows, float *outputs,
+                         float *scratch)
+{
+    if (instructions == 2) run_product_vnni(team, matrix, values, rows, outputs, scratch);
+    else run_product_avx2(team, matrix, values, rows, outputs, scratch);
+}
+
+static struct PyModuleDef module = {.m_base = PyModuleDef_HEAD_INIT, .m_name = "_kernels", .m_size = -1};
+
+PyMODINIT_FUNC PyInit__kernels(void) { return PyModule_Create(&module); }

@@ -1,0 +1,104 @@
+/* LANES numbers at a time, in GCC's and Clang's vector notation: 16 with AVX-512, 8 with AVX2. Only the integer dot
+   product and the reading of halves need to know which. */
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int ints __attribute__((vector_size(4 * LANES)));
+typedef uint8_t bytes __attribute__((vector_size(4 * LANES)));
+typedef int8_t few_bytes __attribute__((vector_size(LANES)));
+/* The same wherever they lie in memory. */
+typedef floats floats_at __attribute__((aligned(4), may_alias));
+typedef bytes bytes_at __attribute__((aligned(1), may_alias));
+typedef few_bytes few_bytes_at __attribute__((aligned(1), may_alias));
+typedef int32_t four_bytes_at __attribute__((aligned(1), may_alias));
+
+#define INLINE static inline __attribute__((always_inline))
+
+enum { PANEL = 16, PARTS = PANEL / LANES, BLOCK = 32, QUERIES = 8 };
+
+INLINE floats read_floats(const float *from) { return *(const floats_at *)from; }
+INLINE void write_floats(float *to, floats value) { *(floats_at *)to = value; }
+INLINE bytes read_bytes(const uint8_t *from) { return *(const bytes_at *)from; }
+INLINE int four_bytes(const int8_t *from) { return *(const four_bytes_at *)from; }
+INLINE floats all_floats(float value) { return value - (floats){0}; }
+INLINE ints all_ints(int value) { return value - (ints){0}; }
+INLINE floats to_floats(ints value) { return __builtin_convertvector(value, floats); }
+
+INLINE floats larger(floats a, floats b)
+{
+    ints first = a > b;
+    return (floats)((first & (ints)a) | (~first & (ints)b));
+}
+
+INLINE float largest_lane(floats value)
+{
+    float found = value[0];
+    for (int lane = 1; lane < LANES; lane++) found = value[lane] > found ? value[lane] : found;
+    return found;
+}
+
+INLINE float sum_lanes(floats value)
+{
+    float found = 0;
+    for (int lane = 0; lane < LANES / 2; lane++) found += value[lane] + value[lane + LANES / 2];
+    return found;
+}
+
+/* Nearest integer, by the constant that leaves no bits for a fraction; for |value| below 2^22. */
+INLINE floats nearest(floats value) { return (value + 12582912.0f) - 12582912.0f; }
+
+/* e^value within two units in the last place: a power of two times a polynomial over half a octave to either side. */
+INLINE floats exponential(floats value)
+{
+    value = larger(value, all_floats(-87.0f));
+    floats octaves = nearest(value * 1.44269504088896341f);
+    floats rest = value - octaves * 0.693359375f + octaves * 2.12194440e-4f;
+    floats series = all_floats(1.9875691500e-4f);
+    series = series * rest + 1.3981999507e-3f;
+    series = series * rest + 8.3334519073e-3f;
+    series = series * rest + 4.1665795894e-2f;
+    series = series * rest + 1.6666665459e-1f;
+    series = series * rest + 5.0000001201e-1f;
+    series = series * rest * rest + rest + 1.0f;
+    ints power = (__builtin_convertvector(octaves, ints) + 127) << 23;
+    return series * (floats)power;
+}
+
+#ifdef WITH_VNNI
+
+/* One product of four unsigned by four signed bytes per lane, added to `sum`; the signed ones are the same in all lanes. */
+INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
+{
+    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
+}
+#define dot_wide_bytes dot_bytes
+#define WIDE_ZERO 128
+
+INLINE floats read_halves(const uint16_t *from)
+{
+    return (floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+}
+
+#else
+
+/* Codes below 16: pairs of products stay far below what 16 bits hold. */
+INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
+{
+    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(inputs));
+    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+
+/* Codes of 8 bits would saturate pairs of products: their magnitudes times inputs of their sign do not. */
+INLINE ints dot_wide_bytes(ints sum, bytes codes, int inputs)
+{
+    __m256i own = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8(-128));
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(_mm256_set1_epi32(inputs), own));
+    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#define WIDE_ZERO 0
+
+INLINE floats read_halves(const uint16_t *from)
+{
+    return (floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+}
+
+#endif

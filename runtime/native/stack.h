@@ -1,0 +1,135 @@
+/* All layers of a decoder, one step: a prompt, or one token of each conversation. */
+
+/* Scale a row [columns] to unit root mean square, times `weight`. */
+static void rms_norm(const float *row, const float *weight, int64_t columns, float eps, float *result)
+{
+    floats squares = {0};
+    for (int64_t i = 0; i < columns; i += LANES) squares += read_floats(row + i) * read_floats(row + i);
+    float scale = 1 / sqrtf(sum_lanes(squares) / (float)columns + eps);
+    for (int64_t i = 0; i < columns; i += LANES)
+        write_floats(result + i, read_floats(weight + i) * (read_floats(row + i) * scale));
+}
+
+/* Rows in bytes, each normalised first where there is a norm; the team meets afterwards. */
+static void prepare(Team *team, const float *rows, int64_t count, int64_t columns, const float *norm, float eps,
+                           float *scratch, const Inputs *inputs)
+{
+    for (int64_t row; (row = draw(team)) < count;) {
+        const float *own = rows + row * columns;
+        if (norm) rms_norm(own, norm, columns, eps, scratch), own = scratch;
+        int64_t blocks = columns / BLOCK;
+        quantize_row(own, columns, inputs->codes + row * columns, inputs->scales + row * blocks, inputs->sums + row * blocks);
+    }
+    meet(team);
+}
+
+/* silu(gate) * up in bytes, in pieces of columns so that a single row is shared too; the team meets afterwards. */
+static void prepare_gated(Team *team, float *gate, const float *up, int64_t count, int64_t columns, const Inputs *inputs)
+{
+    enum { PIECE = 512 };
+    int64_t pieces = (columns + PIECE - 1) / PIECE;
+    for (int64_t piece; (piece = draw(team)) < count * pieces;) {
+        int64_t row = piece / pieces, from = piece % pieces * PIECE, size = columns - from < PIECE ? columns - from : PIECE;
+        float *own = gate + row * columns + from;
+        for (int64_t i = 0; i < size; i += LANES) {
+            floats x = read_floats(own + i);
+            write_floats(own + i, x / (1.0f + exponential(-x)) * read_floats(up + row * columns + from + i));
+        }
+        int64_t block = (row * columns + from) / BLOCK;
+        quantize_row(own, size, inputs->codes + row * columns + from, inputs->scales + block, inputs->sums + block);
+    }
+    meet(team);
+}
+
+/* Queries and keys turned, keys and values put into the cache; the team meets afterwards. */
+static void fill_cache(Team *team, const Stack *stack, const Layer *layer, const Cache *cache, const Step *step,
+                              int64_t index, float *queries, float *keys, const float *values)
+{
+    int64_t heads = stack->key_value_heads, size = stack->head_dim, area = cache->capacity * size;
+    for (int64_t row; (row = draw(team)) < cache->batch * step->length;) {
+        const float *cosines = step->cosines + row * size, *sines = step->sines + row * size;
+        int64_t position = step->past + row % step->length, sequence = row / step->length;
+        rotate_heads(queries + row * stack->heads * size, stack->heads, size, layer->query_norm, stack->norm_eps, cosines, sines);
+        rotate_heads(keys + row * heads * size, heads, size, layer->key_norm, stack->norm_eps, cosines, sines);
+        for (int64_t head = 0; head < heads; head++) {
+            int64_t place = ((index * cache->batch + sequence) * heads + head) * area;
+            float *column = cache->keys + place + position / LANES * LANES * size + position % LANES;
+            const float *key = keys + (row * heads + head) * size;
+            for (int64_t i = 0; i < size; i++) column[i * LANES] = key[i];
+            memcpy(cache->values + place + position * size, values + (row * heads + head) * size, sizeof(float) * size);
+        }
+    }
+    meet(team);
+}
+
+/* What every member works on; the buffers are sized by `scratch_floats`. */
+typedef struct {
+    const Stack *stack;
+    const Cache *cache;
+    const Step *step;
+    Inputs inputs;
+    float *queries, *keys, *values, *gate, *up, *scores, *row;
+} Run;
+
+static void run_member(Team *team, int member, void *argument)
+{
+    Run *run = argument;
+    const Stack *stack = run->stack;
+    const Step *step = run->step;
+    const int64_t rows = run->cache->batch * step->length, hidden = stack->hidden_size, width = stack->heads * stack->head_dim;
+    float *scratch = run->row + member * hidden;
+    Attended attended = {run->queries, run->gate, run->scores + member * QUERIES * run->cache->capacity};
+    for (int64_t index = 0; index < stack->layer_count; index++) {
+        const Layer *layer = stack->layers + index;
+        prepare(team, step->hidden, rows, hidden, layer->input_norm, stack->norm_eps, scratch, &run->inputs);
+        multiply(team, (const Matrix *[]){&layer->query, &layer->key, &layer->value},
+                        (float *[]){run->queries, run->keys, run->values}, 3, &run->inputs, rows, 0);
+        fill_cache(team, stack, layer, run->cache, step, index, run->queries, run->keys, run->values);
+        attend_all(team, stack, run->cache, step, index, &attended);
+        prepare(team, run->gate, rows, width, NULL, 0, NULL, &run->inputs);
+        multiply(team, (const Matrix *[]){&layer->output}, &step->hidden, 1, &run->inputs, rows, 1);
+        prepare(team, step->hidden, rows, hidden, layer->post_norm, stack->norm_eps, scratch, &run->inputs);
+        multiply(team, (const Matrix *[]){&layer->gate, &layer->up}, (float *[]){run->gate, run->up}, 2, &run->inputs, rows, 0);
+        prepare_gated(team, run->gate, run->up, rows, stack->intermediate_size, &run->inputs);
+        multiply(team, (const Matrix *[]){&layer->down}, (float *const *)&step->hidden, 1, &run->inputs, rows, 1);
+    }
+}
+
+typedef struct {
+    const Matrix *matrix;
+    const float *values;
+    float *outputs;
+    int64_t rows;
+    Inputs inputs;
+} Product;
+
+static void multiply_member(Team *team, int member, void *argument)
+{
+    Product *of = argument;
+    (void)member;
+    prepare(team, of->values, of->rows, of->matrix->columns, NULL, 0, NULL, &of->inputs);
+    multiply(team, &of->matrix, &of->outputs, 1, &of->inputs, of->rows, 0);
+}
+
+/* Transform the hidden states of a step in place, and fill the cache. */
+void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *step, float *scratch)
+{
+    Run run = {.stack = stack, .cache = cache, .step = step};
+    Sizes size = sizes_of(stack, cache, step->length, team->size);
+    run.queries = take(&scratch, size.queries);
+    run.keys = take(&scratch, size.keys);
+    run.values = take(&scratch, size.keys);
+    run.gate = take(&scratch, size.gate);
+    run.up = take(&scratch, size.gate);
+    run.scores = take(&scratch, size.scores);
+    run.row = take(&scratch, size.row);
+    run.inputs = take_inputs(&scratch, size.inputs);
+    work(team, run_member, &run);
+}
+
+/* outputs [rows][matrix rows] of values [rows][columns]. */
+void RUN_PRODUCT(Team *team, const Matrix *matrix, const float *values, int64_t rows, float *outputs, float *scratch)
+{
+    Product of = {matrix, values, outputs, rows, take_inputs(&scratch, rows * matrix->columns)};
+    work(team, multiply_member, &of);
+}

@@ -1,0 +1,137 @@
+"""A decoder whose layers run compiled, from embeddings to logits: called like `vlquant.decoder.Decoder`."""
+
+from collections.abc import Callable, Mapping, Sequence
+from ctypes import POINTER, Structure, c_float, c_int64, c_void_p
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vlquant.decoder import LINEARS, DecoderConfig, Linear, rms_norm, rotary_tables
+from vlquant.runtime.native import PANEL, Kernels, MatrixFields, PackedMatrix
+
+CHUNK = 256
+"""Positions of a prompt that go through all layers together: more would not make products faster, and take memory."""
+HEAD_DIM_MULTIPLE = 16
+"""Widths of heads that the kernels know."""
+
+
+class LayerFields(Structure):
+    """`Layer` of runtime/native/model.h."""
+
+    _fields_ = [(name, MatrixFields) for name in ("query", "key", "value", "output", "gate", "up", "down")] + [
+        (name, c_void_p) for name in ("input_norm", "post_norm", "query_norm", "key_norm")
+    ]
+
+
+class StackFields(Structure):
+    """`Stack` of runtime/native/model.h."""
+
+    _fields_ = [
+        ("layers", POINTER(LayerFields)),
+        *((name, c_int64) for name in ("layer_count", "hidden_size", "heads", "key_value_heads", "head_dim", "intermediate_size")),
+        ("norm_eps", c_float),
+    ]  # fmt: skip
+
+
+class CacheFields(Structure):
+    """`Cache` of runtime/native/model.h."""
+
+    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("batch", c_int64), ("capacity", c_int64)]
+
+
+class StepFields(Structure):
+    """`Step` of runtime/native/model.h."""
+
+    _fields_ = [(name, c_void_p) for name in ("hidden", "cosines", "sines", "starts")] + [
+        (name, c_int64) for name in ("length", "past")
+    ]
+
+
+class NativeCache:
+    """Keys and values of a whole decoder in the order its kernels read; `capacity` positions for `batch` rows."""
+
+    def __init__(self, config: DecoderConfig, *, batch: int, capacity: int):
+        self.batch, self.capacity, self.length = batch, -(-capacity // PANEL) * PANEL, 0
+        shape = (config.layers, batch, config.key_value_heads, self.capacity * config.head_dim)
+        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+
+    def fields(self) -> CacheFields:
+        """What the kernels take."""
+        return CacheFields(self.keys.data_ptr(), self.values.data_ptr(), self.batch, self.capacity)
+
+
+@dataclass(frozen=True)
+class NativeLayer:
+    """Packed linears by their names in `LINEARS`, and norms as `norm_names` has them."""
+
+    linears: Mapping[str, PackedMatrix]
+    norms: Mapping[str, Tensor]
+
+    def fields(self) -> LayerFields:
+        """What the kernels take."""
+        norms = {name: each.data_ptr() for name, each in self.norms.items()}
+        places = ("input_layernorm", "post_attention_layernorm", "self_attn.q_norm", "self_attn.k_norm")
+        return LayerFields(*(self.linears[name].fields() for name in LINEARS), *map(norms.get, places))
+
+
+class NativeDecoder:
+    """Embedding, layers, final norm and head on the CPU.
+
+    embedding: from ids [count] to rows [count, hidden_size]; head: from normalised hidden states to logits.
+    """
+
+    def __init__(
+        self, config: DecoderConfig, kernels: Kernels, *, embedding: Callable[[Tensor], Tensor], layers: Sequence[NativeLayer],
+        norm: Tensor, head: Linear,
+    ):  # fmt: skip
+        self.config, self.kernels, self.norm, self.head = config, kernels, norm, head
+        self.device = torch.device("cpu")
+        self._embedding, self._layers = embedding, layers
+        self._layer_fields = (LayerFields * len(layers))(*(each.fields() for each in layers))
+        shape = (config.hidden_size, config.heads, config.key_value_heads, config.head_dim, config.intermediate_size)
+        self._stack = StackFields(self._layer_fields, len(layers), *shape, config.norm_eps)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""
+        return self._embedding(ids.flatten()).unflatten(0, ids.shape)
+
+    def new_cache(self, *, batch: int, capacity: int) -> NativeCache:
+        """An empty cache for conversations of `capacity` positions."""
+        return NativeCache(self.config, batch=batch, capacity=capacity)
+
+    def __call__(
+        self,
+        embeddings: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        cache: NativeCache | None = None,
+        all_positions: bool = False,
+    ) -> Tensor:
+        """Logits as `Decoder` gives them; rows of `attention_mask` may be padded on the left, and on the right at the end."""
+        batch, length, _ = embeddings.shape
+        cache = self.new_cache(batch=batch, capacity=length) if cache is None else cache
+        total = cache.length + length
+        mask = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+        positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 1)[:, -length:]
+        rotary = [each[:, 0].contiguous() for each in rotary_tables(positions, self.config)]  # [batch, length, head_dim]
+        starts = mask.long().argmax(-1)
+        hidden = [
+            self.run_layers(rows, cosines, sines, starts, cache)
+            for rows, cosines, sines in zip(embeddings.float().split(CHUNK, 1), *(each.split(CHUNK, 1) for each in rotary), strict=True)
+        ]
+        wanted = torch.cat(hidden, dim=1) if all_positions else hidden[-1][:, -1:]
+        return self.logits(wanted)
+
+    def run_layers(self, embeddings: Tensor, cosines: Tensor, sines: Tensor, starts: Tensor, cache: NativeCache) -> Tensor:
+        """Hidden states [batch, length, hidden_size] after the last layer; the new positions are in the cache then."""
+        hidden = embeddings.clone(memory_format=torch.contiguous_format)
+        tensors = hidden, cosines.contiguous(), sines.contiguous(), starts
+        step = StepFields(*(each.data_ptr() for each in tensors), hidden.shape[1], cache.length)
+        self.kernels.run_stack(self._stack, cache.fields(), step)
+        cache.length += hidden.shape[1]
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits float32 [batch, length, vocab] of hidden states."""
+        return self.head(rms_norm(hidden, self.norm, self.config.norm_eps)).float()

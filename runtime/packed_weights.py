@@ -1,0 +1,139 @@
+"""A bundle's linears and head as the CPU kernels read them, kept in the bundle's runtime/ folder from the first load on.
+
+The file is derived: it names the bundle it was made from, other readers ignore it, and it is made again when it is
+missing or does not fit. Mapped, so that a second process loads it in no time.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vlquant.bundle import MANIFEST, read_manifest
+from vlquant.decoder import LINEARS
+from vlquant.layout import HEAD, layer_prefix, layer_shapes
+from vlquant.model import Model
+from vlquant.publishing import flush_entry
+from vlquant.recipe import Recipe
+from vlquant.runtime.native import PackedMatrix, pack_linear, round_rows
+from vlquant.shards import write_safetensors
+
+FORMAT = "1"
+"""Changes with the order of the codes."""
+FILE = "runtime/cpu.safetensors"
+HEAD_NAME = "head"
+CACHE_LINE = 64
+
+
+def packed_matrices(model: Model) -> dict[str, PackedMatrix] | None:
+    """Every linear ("0.self_attn.q_proj" ...) and, in 8 bits, the "head"; None if the kernels cannot compute one of them."""
+    source = source_of(model)
+    if source is not None:
+        for path in places(model.folder, source):
+            if (tensors := read_packed(path, source)) is not None:
+                return joined(tensors, model)
+    matrices = pack_model(model)
+    if matrices is not None and source is not None:
+        tensors = {f"{name}.{kind}": each for name, matrix in matrices.items() for kind, each in parts(matrix).items()}
+        for path in places(model.folder, source):
+            with contextlib.suppress(OSError):  # Read-only or full: the next place, or every process packs for itself.
+                keep_packed(path, tensors, source)
+                return joined(read_packed(path, source) or tensors, model)
+    return matrices
+
+
+def head_bits(model: Model) -> int:
+    """How a quantized model's head is to be computed, 8 or 16: as its recipe says, if it has one."""
+    if not (model.folder / MANIFEST).is_file():
+        return Recipe.head_bits
+    return read_manifest(model.folder).recipe.get("head_bits", Recipe.head_bits)
+
+
+def pack_model(model: Model) -> dict[str, PackedMatrix] | None:
+    """What `packed_matrices` returns, made from the checkpoint's own tensors."""
+    matrices = {}
+    for index in range(model.config.decoder.layers):
+        tensors = model.decoder_layer(index)
+        for name in LINEARS:
+            matrix = pack_linear(own_tensors(tensors, name), model.gptq_version)
+            if matrix is None:
+                return None
+            matrices[f"{index}.{name}"] = matrix
+    if head_bits(model) == 8:
+        head = round_rows(model.tensor(HEAD))
+        if head is None:
+            return None
+        matrices[HEAD_NAME] = head
+    return matrices
+
+
+def own_tensors(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]:
+    """The tensors of one module, by kind ("weight", "qweight" ...)."""
+    prefix = module + "."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def source_of(model: Model) -> str | None:
+    """Hash of what the matrices are made from; None for what is no bundle, whose files nobody has hashed."""
+    if not (model.folder / MANIFEST).is_file():
+        return None
+    manifest = read_manifest(model.folder)
+    facts = [FORMAT, dict(sorted(manifest.files.items())), head_bits(model)]
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+
+
+def places(bundle: Path, source: str) -> tuple[Path, Path]:
+    """Where the file may lie: in the bundle, or in the user's cache if that cannot be written to."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return bundle / FILE, cache / "vlquant" / f"{source[:32]}.safetensors"
+
+
+def parts(matrix: PackedMatrix) -> dict[str, Tensor]:
+    """The tensors of a matrix by kind."""
+    found = {"codes": matrix.codes, "scales": matrix.scales, "bias": matrix.bias}
+    return {kind: tensor for kind, tensor in found.items() if tensor is not None}
+
+
+def read_packed(path: Path, source: str) -> dict[str, Tensor] | None:
+    """The tensors of such a file, mapped; None if it is missing, damaged or of another source."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("source") != source:
+                return None
+            return {name: file.get_tensor(name) for name in file.keys()}
+    except (OSError, SafetensorError):
+        return None
+
+
+def keep_packed(path: Path, tensors: dict[str, Tensor], source: str) -> None:
+    """Write the file, complete or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
+    os.close(handle)
+    try:
+        write_safetensors(Path(partial), tensors, metadata={"source": source}, alignment=CACHE_LINE)
+        flush_entry(Path(partial))
+        os.replace(partial, path)
+    finally:
+        Path(partial).unlink(missing_ok=True)
+
+
+def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatrix]:
+    """Matrices of the tensors that `parts` made of them."""
+    config = model.config.decoder
+    shapes = layer_shapes(config, 0).items()
+    rows = {name.removeprefix(layer_prefix(0)).removesuffix(".weight"): shape[0] for name, shape in shapes}
+    rows[HEAD_NAME] = config.vocab_size
+    names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
+    return {
+        name: PackedMatrix(
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors.get(f"{name}.bias"), rows[name.lstrip("0123456789.")]
+        )
+        for name in names
+    }

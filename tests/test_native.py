@@ -1,0 +1,264 @@
+"""The compiled kernels: their order of codes, products against torch, and whole steps against the decoder in torch."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from vlquant.bnb import quantize_int8
+from vlquant.decoder import LINEARS, Decoder, DecoderConfig, DecoderLayer, KeyValueCache, Rope, norm_names
+from vlquant.packing import dequantize_gptq, pack_gptq
+from vlquant.runtime.native import (
+    CHOICES,
+    Kernels,
+    NativeLinear,
+    native_kernels,
+    pack_codes,
+    pack_half_bytes,
+    pack_linear,
+    pack_scales,
+    packed_matrix,
+    round_rows,
+)
+from vlquant.runtime.native_decoder import NativeDecoder, NativeLayer
+
+FOUND = native_kernels()
+
+
+@pytest.fixture(params=[name for name, number in CHOICES.items() if FOUND and number <= FOUND.instructions])
+def kernels(request) -> Kernels:
+    """The kernels for every set of instructions that this processor has."""
+    return Kernels(FOUND.library._name, CHOICES[request.param])
+
+
+def test_they_are_built_here():
+    # Every other test here would pass by being empty.
+    assert FOUND is not None and FOUND.instructions >= CHOICES["avx2"]
+
+
+def random_codes(rows: int, columns: int, bits: int, groups: int, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**bits, (rows, columns), dtype=torch.uint8, generator=generator)
+    return codes, (torch.randn(groups, rows, generator=generator) / 100).half()
+
+
+def weight_of(codes, scales, bits: int):
+    return (codes.float() - 2 ** (bits - 1)) * scales.float().T.repeat_interleave(codes.shape[1] // len(scales), 1)
+
+
+def in_bytes(x):
+    """Inputs as the kernels round them: one scale for 32."""
+    blocks = x.unflatten(-1, (-1, 32))
+    most = blocks.abs().amax(-1, keepdim=True)
+    inverse = torch.where(most > 0, 127 / most, 0)
+    return ((blocks * inverse).round() * (most / 127)).flatten(-2)
+
+
+def test_codes_lie_by_panels_blocks_and_quads():
+    codes = torch.arange(16 * 64).view(16, 64) % 251
+    packed = pack_codes(codes.to(torch.uint8))
+    assert packed.shape == (1, 2, 512)
+    assert packed[0, 1, 64 * 3 + 4 * 5 + 2] == codes[5, 32 + 4 * 3 + 2]
+    halves = pack_half_bytes((codes % 16).to(torch.uint8))
+    assert halves.shape == (1, 2, 256)
+    assert halves[0, 1, 64 * 3 + 4 * 5 + 2] == codes[5, 32 + 12 + 2] % 16 + 16 * (codes[5, 32 + 16 + 12 + 2] % 16)
+
+
+def test_scales_lie_by_panels_and_rows_are_padded():
+    scales = torch.arange(3 * 20).view(3, 20).half()
+    packed = pack_scales(scales)
+    assert packed.shape == (2, 3, 16)
+    assert packed[1, 2, 3] == scales[2, 19] and packed[1, 2, 4] == 0
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("rows, columns, group_size", [(896, 896, 128), (100, 64, 32), (33, 4864, 4864), (16, 32, 32), (260, 192, 64)])
+def test_products_equal_torch_on_the_same_rounded_inputs(kernels, bits, rows, columns, group_size):
+    codes, scales = random_codes(rows, columns, bits, columns // group_size)
+    bias = torch.randn(rows, generator=torch.Generator().manual_seed(1))
+    linear = NativeLinear(kernels, packed_matrix(codes, scales, bias, bits=bits))
+    for count in (1, 2, 3, 6, 7, 13, 97, 200):
+        x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count))
+        wanted = in_bytes(x) @ weight_of(codes, scales, bits).T + bias
+        apart = (linear(x) - wanted).abs()
+        # An input halfway between two codes may be rounded to the other.
+        assert apart.median() <= 1e-5 * wanted.abs().max() and apart.max() <= 5e-3 * wanted.abs().max()
+
+
+def test_the_widest_codes_do_not_saturate(kernels):
+    codes, scales = torch.full((16, 32), 255, dtype=torch.uint8), torch.ones(1, 16).half()
+    x = torch.ones(1, 32)
+    assert NativeLinear(kernels, packed_matrix(codes, scales, None, bits=8))(x)[0, 0] == pytest.approx(32 * 127)
+    assert NativeLinear(kernels, packed_matrix(0 * codes, scales, None, bits=8))(-x)[0, 0] == pytest.approx(32 * 128)
+
+
+def test_zeros_stay_zeros(kernels):
+    codes, scales = random_codes(16, 64, 4, 2)
+    assert not NativeLinear(kernels, packed_matrix(codes, scales, None, bits=4))(torch.zeros(3, 64)).any()
+
+
+def test_any_shape_before_the_last(kernels):
+    codes, scales = random_codes(40, 64, 4, 1)
+    linear, x = NativeLinear(kernels, packed_matrix(codes, scales, None, bits=4)), torch.randn(2, 3, 64)
+    assert linear(x).shape == (2, 3, 40)
+    assert torch.equal(linear(x)[1, 2], linear(x[1, 2][None])[0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_a_gptq_linear_is_what_its_tensors_say(kernels, bits):
+    codes, scales = random_codes(96, 128, bits, 4)
+    tensors = pack_gptq(codes, scales, bits=bits, group_size=32)
+    x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
+    wanted = in_bytes(x) @ dequantize_gptq(tensors, bits=bits).T
+    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=5e-3 * wanted.abs().max())
+
+
+def test_an_int8_linear_is_what_its_tensors_say(kernels):
+    weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
+    tensors = quantize_int8(weight)
+    x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
+    wanted = in_bytes(x) @ (tensors["weight"].float() * tensors["SCB"].float()[:, None] / 127).T
+    # Scales are kept as halves, which have 11 bits.
+    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=5e-3 * wanted.abs().max())
+
+
+def test_other_forms_are_left_to_torch():
+    codes, scales = random_codes(64, 96, 4, 3)
+    tensors = pack_gptq(codes, scales, bits=4, group_size=32)
+    assert pack_linear(tensors) is not None
+    assert pack_linear({**tensors, "g_idx": tensors["g_idx"].flip(0)}) is None  # columns in another order
+    assert pack_linear({**tensors, "qzeros": tensors["qzeros"] + 1}) is None  # zeros other than the middle
+    assert pack_linear(pack_gptq(codes % 8, scales, bits=3, group_size=32)) is None
+    assert pack_linear({"weight": torch.zeros(4, 32)}) is None
+    assert packed_matrix(codes[:, :48], scales, None, bits=4) is None
+
+
+def test_a_head_in_8_bits_is_within_half_a_code():
+    weight = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 1, 100)[:, None]
+    matrix = round_rows(weight)
+    codes = matrix.codes.view(-1, 2, 8, 16, 4).permute(0, 3, 1, 2, 4).reshape(-1, 64)[:100].float() - 128
+    scales = matrix.scales.float().reshape(-1)[:100, None]
+    assert ((codes * scales - weight).abs() <= 0.51 * scales).all()
+    assert not round_rows(torch.zeros(16, 32)).scales.any()
+
+
+CONFIGS = {
+    "biases": DecoderConfig(64, 2, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096, query_key_value_bias=True),
+    "norms of heads": DecoderConfig(128, 3, 4, 4, 32, 256, 100, 1e-6, Rope(1e4), 4096, query_key_norm=True),
+    "seven heads to a key": DecoderConfig(896, 2, 14, 2, 64, 4864, 100, 1e-6, Rope(1e6), 4096),
+    "Phi's width": DecoderConfig(192, 2, 2, 1, 96, 64, 100, 1e-5, Rope(1e6), 4096),
+    "wide heads, dynamic rope": DecoderConfig(256, 2, 2, 1, 128, 96, 100, 1e-5, Rope(1e6, dynamic_factor=2.0), 64),
+}
+
+
+def decoders(config: DecoderConfig, kernels: Kernels) -> tuple[NativeDecoder, Decoder]:
+    """A compiled decoder, and torch with the same compiled products between its operations."""
+    generator = torch.Generator().manual_seed(0)
+    width, narrow = config.heads * config.head_dim, config.key_value_heads * config.head_dim
+    hidden, wide = config.hidden_size, config.intermediate_size
+    shapes = zip(LINEARS, ((width, hidden), (narrow, hidden), (narrow, hidden), (hidden, width), (wide, hidden), (wide, hidden), (hidden, wide)), strict=True)
+    shapes, native, layers = dict(shapes), [], []
+    for _ in range(config.layers):
+        linears = {}
+        for name, (rows, columns) in shapes.items():
+            codes = torch.randint(0, 16, (rows, columns), dtype=torch.uint8, generator=generator)
+            scales = ((torch.rand(columns // 32, rows, generator=generator) + 0.5) / 4 / columns**0.5).half()
+            bias = torch.randn(rows, generator=generator) / 10 if config.query_key_value_bias and name[10] in "qkv" else None
+            linears[name] = packed_matrix(codes, scales, bias, bits=4)
+        norms = {
+            name: torch.rand(config.head_dim if "attn." in name else hidden, generator=generator) + 0.5
+            for name in norm_names(config)
+        }
+        native.append(NativeLayer(linears, norms))
+        layers.append(DecoderLayer(config, {name: NativeLinear(kernels, each) for name, each in linears.items()}, norms))
+    embedding = torch.randn(config.vocab_size, hidden, generator=generator)
+    head = NativeLinear(kernels, round_rows(torch.randn(config.vocab_size, hidden, generator=generator) / hidden**0.5))
+    shared = {"norm": torch.ones(hidden), "head": head}
+    return (
+        NativeDecoder(config, kernels, embedding=lambda ids: embedding[ids], layers=native, **shared),
+        Decoder(config, embedding=embedding, layers=layers, **shared),
+    )
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("length, pads", [(5, [0]), (300, [0]), (37, [0, 5, 20])])
+def test_steps_equal_the_decoder_in_torch(kernels, name, length, pads):
+    config = CONFIGS[name]
+    native, wanted = decoders(config, kernels)
+    generator, batch = torch.Generator().manual_seed(1), len(pads)
+    mask = torch.arange(length + 3)[None] >= torch.tensor(pads)[:, None]
+    pieces = [torch.randn(batch, count, config.hidden_size, generator=generator) for count in (length, 1, 2)]
+    caches = native.new_cache(batch=batch, capacity=length + 3), KeyValueCache(config, batch=batch, capacity=length + 3)
+    end = 0
+    for piece in pieces:
+        end += piece.shape[1]
+        found, right = (
+            each(piece, attention_mask=mask[:, :end], cache=cache, all_positions=True)
+            for each, cache in zip((native, wanted), caches, strict=True)
+        )
+        seen = mask[:, end - piece.shape[1] : end]
+        apart = (found - right)[seen].norm() / right[seen].norm()
+        # Rounded inputs amplify the last bit of a float; a wrong position, head or mask would be apart by half or more.
+        assert apart < 0.02, apart
+        assert found.isfinite()[seen].all()
+
+
+def test_one_layer_is_the_same_to_the_last_digits(kernels):
+    # One layer, one row: few inputs lie halfway between two codes.
+    config = DecoderConfig(64, 1, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096)
+    native, wanted = decoders(config, kernels)
+    apart = [
+        float((native(x) - wanted(x)).norm() / wanted(x).norm())
+        for x in (torch.randn(1, 1 + n, 64, generator=torch.Generator().manual_seed(n)) for n in range(9))
+    ]
+    assert sorted(apart)[4] < 1e-5
+
+
+def test_the_last_position_alone_has_the_same_logits(kernels):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(native(x)[:, 0], native(x, all_positions=True)[:, -1])
+
+
+def test_threads_change_nothing(kernels):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    x, before = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        found = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(native(x))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def run_python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)
+
+
+def test_a_child_after_fork_has_its_own_threads():
+    code = (
+        "import os, torch; torch.set_num_threads(2)\n"
+        "from vlquant.runtime.native import *\n"
+        "m = packed_matrix(torch.ones(16, 32, dtype=torch.uint8), torch.ones(1, 16).half(), None, bits=4)\n"
+        "f = lambda: NativeLinear(native_kernels(), m)(torch.ones(1, 32))\n"
+        "f()\n"
+        "child = os.fork()\n"
+        "if child == 0: f(); os._exit(7)\n"
+        "print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
+    )
+    assert run_python(code).stdout.strip() == "7"
+
+
+@pytest.mark.parametrize("wanted, printed", [("torch", "None"), ("avx2", "1"), ("", str(FOUND and FOUND.instructions))])
+def test_the_environment_chooses(wanted, printed):
+    code = "from vlquant.runtime.native import native_kernels as k; print(k() and k().instructions)"
+    assert run_python(code, VLQUANT_KERNELS=wanted).stdout.strip() == printed
+
+
+def test_an_unknown_choice_is_a_sentence():
+    found = run_python("from vlquant.runtime.native import native_kernels as k; k()", VLQUANT_KERNELS="sse")
+    assert "VLQUANT_KERNELS is 'sse'; set it to torch, avx2 or vnni" in found.stderr
