@@ -31,6 +31,8 @@ class Usage:
     """From the features to the first token."""
     answer_seconds: float
     """From the first token to the last."""
+    reused_tokens: int = 0
+    """Of the prompt, known from the turn before and not computed again."""
 
 
 @dataclass(frozen=True)

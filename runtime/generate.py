@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from vlquant.decoder import Decoder
+from vlquant.runtime.conversation_cache import ConversationCache, OpenCache
 from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
@@ -28,6 +29,8 @@ class Generation:
     """Above 1, tokens already in the answer become less likely."""
     seed: int | None = None
     """Seed of the draws of every answer, whatever stands beside it in a batch; None: a new one each time."""
+    cache_bits: int = 32
+    """Of the keys and values that are kept: 32, or 8, which takes a quarter of the memory and costs a little accuracy."""
     stop: tuple[str, ...] = ()
     """Texts that end the answer, beside the template's own stop token; they are not part of it."""
 
@@ -41,6 +44,7 @@ class Generation:
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
+            ("cache_bits", self.cache_bits in (8, 32), "8 or 32"),
             ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
             ("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty texts"),
         ):
@@ -65,28 +69,44 @@ class Decoding:
 
     embeddings: float32 [batch, length, hidden_size], padded on the left; attention_mask: bool [batch, length].
     A consumer may stop early. The cache is allocated once, for the prompt and `max_new_tokens`.
+    memory: of a batch of one, where its keys and values are kept; continued: and may be found.
     """
 
     def __init__(
-        self, decoder: Decoder | NativeDecoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation, ending: Ending
-    ):
+        self, decoder: Decoder | NativeDecoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation,
+        ending: Ending, memory: ConversationCache | None = None, continued: bool = False,
+    ):  # fmt: skip
         self._decoder, self._generation, self._ending = decoder, generation, ending
         self._embeddings, self._attention_mask = embeddings, attention_mask
+        self._memory, self._continued = memory or ConversationCache(decoder), continued
+        self.reused_tokens = 0
+        """Of the prompt: known from the turn before."""
         self.rows: list[list[int]] = [[] for _ in range(len(embeddings))]
         """Ids of each row so far, without padding."""
 
-    @torch.inference_mode()
     def __iter__(self) -> Iterator[Tensor]:
-        embeddings, generation = self._embeddings, self._generation
-        batch, length, _ = embeddings.shape
-        capacity = length + generation.max_new_tokens
-        cache = self._decoder.new_cache(batch=batch, capacity=capacity)
-        mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
+        batch, length, _ = self._embeddings.shape
+        capacity = length + self._generation.max_new_tokens
+        if batch > 1:
+            cache = self._decoder.new_cache(batch=batch, capacity=capacity, bits=self._generation.cache_bits)
+            yield from self._steps(OpenCache(cache, 0))
+            return
+        bits = self._generation.cache_bits
+        with self._memory.opened(self._embeddings[0], capacity, bits, continued=self._continued) as opened:
+            self.reused_tokens = opened.reused
+            yield from self._steps(opened)
+
+    @torch.inference_mode()
+    def _steps(self, opened: OpenCache) -> Iterator[Tensor]:
+        generation, embeddings = self._generation, self._embeddings[:, opened.reused :]
+        batch, length = self._attention_mask.shape
+        mask = torch.ones(batch, length + generation.max_new_tokens, dtype=torch.bool, device=embeddings.device)
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)
         unfinished = set(range(batch))
         for step in range(generation.max_new_tokens):
-            logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=cache)[:, -1]
+            logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=opened.cache)[:, -1]
+            opened.rows.append(embeddings[0])
             ids = choose(shape_logits(logits, self.rows, generation), generators)
             for row in set(range(batch)) - unfinished:
                 ids[row] = self._ending.pad_id

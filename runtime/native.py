@@ -1,6 +1,7 @@
 """Products with packed codes and whole decoder steps, compiled: tensors in and out of runtime/native/*.c by ctypes.
 
-Inputs are rounded to 8 bits, one scale per 32 of them, as llama.cpp does; sums are exact integers, then float32.
+Inputs are rounded to 16 bits, one scale per 128 of them; sums are exact integers, then float32: what comes out is
+what float32 gives to four digits and more, where peers round inputs to 8 bits.
 Built when vlquant is installed, if there is a C compiler; for x86-64 processors with AVX2, better with AVX-512 VNNI.
 """
 
@@ -22,7 +23,7 @@ from vlquant.packing import symmetric_zero, unpack_gptq
 PANEL = 16
 """Rows of a matrix whose codes lie side by side."""
 BLOCK = 32
-"""Columns that share a scale of inputs."""
+"""Columns whose codes lie together."""
 INSTRUCTIONS = {1: "AVX2", 2: "AVX-512 VNNI"}
 CHOICES = {"avx2": 1, "vnni": 2}
 """What VLQUANT_KERNELS may ask for, beside torch."""

@@ -37,7 +37,9 @@ class StackFields(Structure):
 class CacheFields(Structure):
     """`Cache` of runtime/native/model.h."""
 
-    _fields_ = [("keys", c_void_p), ("values", c_void_p), ("batch", c_int64), ("capacity", c_int64)]
+    _fields_ = [(name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")] + [
+        (name, c_int64) for name in ("batch", "capacity")
+    ]
 
 
 class StepFields(Structure):
@@ -49,16 +51,28 @@ class StepFields(Structure):
 
 
 class NativeCache:
-    """Keys and values of a whole decoder in the order its kernels read; `capacity` positions for `batch` rows."""
+    """Keys and values of a whole decoder in the order its kernels read; `capacity` positions for `batch` rows.
 
-    def __init__(self, config: DecoderConfig, *, batch: int, capacity: int):
-        self.batch, self.capacity, self.length = batch, -(-capacity // PANEL) * PANEL, 0
-        shape = (config.layers, batch, config.key_value_heads, self.capacity * config.head_dim)
-        self.keys, self.values = torch.empty(shape), torch.empty(shape)
+    bits: 32, or 8 with one scale for each key and value of a head.
+    """
+
+    def __init__(self, config: DecoderConfig, *, batch: int, capacity: int, bits: int = 32):
+        self.batch, self.capacity, self.length, self.bits = batch, -(-capacity // PANEL) * PANEL, 0, bits
+        shape, dtype = (config.layers, batch, config.key_value_heads, self.capacity), torch.float32 if bits == 32 else torch.int8
+        self.keys, self.values = (torch.empty(*shape, config.head_dim, dtype=dtype) for _ in range(2))
+        self.scales = tuple(torch.empty(shape) for _ in range(2)) if bits == 8 else ()
+
+    def copy_from(self, other: "NativeCache", length: int) -> None:
+        """Begin with the first `length` positions of another cache of as many bits."""
+        stop = -(-length // PANEL) * PANEL  # Keys lie in blocks of positions.
+        for own, given in zip((self.keys, self.values, *self.scales), (other.keys, other.values, *other.scales), strict=True):
+            own[:, :, :, :stop] = given[:, :, :, :stop]
+        self.length = length
 
     def fields(self) -> CacheFields:
         """What the kernels take."""
-        return CacheFields(self.keys.data_ptr(), self.values.data_ptr(), self.batch, self.capacity)
+        scales = [each.data_ptr() for each in self.scales] or [None, None]
+        return CacheFields(self.keys.data_ptr(), self.values.data_ptr(), *scales, self.batch, self.capacity)
 
 
 @dataclass(frozen=True)
@@ -96,9 +110,9 @@ class NativeDecoder:
         """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""
         return self._embedding(ids.flatten()).unflatten(0, ids.shape)
 
-    def new_cache(self, *, batch: int, capacity: int) -> NativeCache:
-        """An empty cache for conversations of `capacity` positions."""
-        return NativeCache(self.config, batch=batch, capacity=capacity)
+    def new_cache(self, *, batch: int, capacity: int, bits: int = 32) -> NativeCache:
+        """An empty cache for conversations of `capacity` positions, its numbers in 32 or 8 bits."""
+        return NativeCache(self.config, batch=batch, capacity=capacity, bits=bits)
 
     def __call__(
         self,

@@ -14,6 +14,7 @@ from vlquant.errors import InvalidRequest
 from vlquant.model import Model
 from vlquant.request import EncodedRequest, Request, encode_answer
 from vlquant.runtime.answer import Answer, AnswerText, History, PieceStream, Usage
+from vlquant.runtime.conversation_cache import ConversationCache
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.generate import Decoding, Ending, Generation
 from vlquant.runtime.loading import load_decoder
@@ -56,6 +57,7 @@ class Batch:
     vision_seconds: float
     started: float = field(default_factory=time.perf_counter)
     first_token: float | None = None
+    reused_tokens: int = 0
 
 
 class Pipeline(Reader):
@@ -66,6 +68,7 @@ class Pipeline(Reader):
     ):
         super().__init__(model, tokenizer, features=features, max_tiles=max_tiles)
         self.decoder = decoder
+        self._memory = ConversationCache(decoder)
 
     def ask(
         self,
@@ -112,6 +115,7 @@ class Pipeline(Reader):
         decoding = self.decoding(batch, generation)
         for _ in decoding:
             batch.first_token = batch.first_token or time.perf_counter()
+        batch.reused_tokens = decoding.reused_tokens
         return [self.answer(batch, row, ids, generation) for row, ids in enumerate(decoding.rows)]
 
     def __call__(self, prompts: object, generation: Generation = Generation()) -> Answer | list[Answer]:
@@ -183,7 +187,8 @@ class Pipeline(Reader):
         within = replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, room)))
         reached = self.text(generation).stopped if generation.stop else Ending.reached
         ending = Ending(self.stop_id, self.tokenizer.pad_id, reached)
-        return Decoding(self.decoder, batch.embeddings, batch.attention_mask, generation=within, ending=ending)
+        kept = {"memory": self._memory, "continued": bool(batch.histories[0])} if len(batch.encoded) == 1 else {}
+        return Decoding(self.decoder, batch.embeddings, batch.attention_mask, generation=within, ending=ending, **kept)
 
     def text(self, generation: Generation) -> AnswerText:
         """How ids of an answer become text."""
@@ -202,6 +207,7 @@ class Pipeline(Reader):
             vision_seconds=batch.vision_seconds,
             prompt_seconds=first - batch.started,
             answer_seconds=now - first,
+            reused_tokens=batch.reused_tokens,
         )
         history = (*map(tuple, batch.histories[row]), (encoded.question, words))
         return Answer(words, tuple(ids), history, tuple(map(tuple, encoded.tile_map)), usage)
@@ -222,6 +228,7 @@ class Stream:
             self._batch.first_token = self._batch.first_token or time.perf_counter()
             if piece := pieces.more(decoding.rows[0]):
                 yield piece
+        self._batch.reused_tokens = decoding.reused_tokens
         self.answer = self._pipeline.answer(self._batch, 0, decoding.rows[0], self._generation)
         if piece := pieces.rest(decoding.rows[0]):
             yield piece

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlquant.runtime.native import native_kernels
+
 from tests.golden_folder import golden_folder
 
 GOLDEN = golden_folder()
@@ -135,3 +137,12 @@ def copied(small_case, tmp_path) -> Path:
         if not path.name.startswith("golden"):
             (folder / path.name).write_bytes(path.read_bytes())
     return folder
+
+
+@pytest.fixture
+def torch_kernels(monkeypatch):
+    """Linears in float32, expanded: what compiled kernels are measured by."""
+    monkeypatch.setenv("VLQUANT_KERNELS", "torch")
+    native_kernels.cache_clear()
+    yield
+    native_kernels.cache_clear()

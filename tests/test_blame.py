@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from vlquant.blame import NO_NOISE, find_blame, spread, worst_tile
+from vlquant.forced import forced_states
 from vlquant.hidden_states import HiddenStates, write_states
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -36,31 +37,36 @@ def prompts(models, tmp_path):
     return stored(tmp_path / "a.f32", rows), stored(tmp_path / "b.f32", other)
 
 
-def blame(models, prompts, answers=ANSWERS):
-    steps = []
-    found = find_blame(models, prompts, answers, device="cpu", step=lambda *done: steps.append(done))
+def blame(models, prompts, folder, answers=ANSWERS):
+    steps, known = [], []
+    for model, own in zip(models, prompts, strict=True):
+        place = folder / str(len(known))
+        place.mkdir()
+        found = forced_states(model, own, answers, folder=place, device="cpu", step=lambda *done: None) if answers else ()
+        known.append(dict(zip(answers, found, strict=True)).__getitem__)
+    found = find_blame(models, prompts, tuple(known), answers, device="cpu", step=lambda *done: steps.append(done))
     assert not steps or steps[-1][0] == steps[-1][1] == len(steps)
     return found
 
 
-def test_each_part_alone_and_both(models, prompts):
-    found = blame(models, prompts)
+def test_each_part_alone_and_both(models, prompts, tmp_path):
+    found = blame(models, prompts, tmp_path)
     assert found.questions == 2
     assert 0 < found.vision < found.both and 0 < found.language_model < 2 * found.both
 
 
-def test_the_same_vision_is_not_to_blame(models, prompts):
-    found = blame(models, (prompts[0], prompts[0]))
+def test_the_same_vision_is_not_to_blame(models, prompts, tmp_path):
+    found = blame(models, (prompts[0], prompts[0]), tmp_path)
     assert found.vision is None and found.language_model == pytest.approx(found.both, rel=1e-6)
 
 
-def test_the_same_language_model_is_not_to_blame(models, prompts):
-    found = blame((models[0], models[0]), prompts)
+def test_the_same_language_model_is_not_to_blame(models, prompts, tmp_path):
+    found = blame((models[0], models[0]), prompts, tmp_path)
     assert found.language_model < 1e-9 and found.vision == pytest.approx(found.both, rel=1e-6)
 
 
-def test_nothing_to_ask(models, prompts):
-    assert blame(models, prompts, {}) is None
+def test_nothing_to_ask(models, prompts, tmp_path):
+    assert blame(models, prompts, tmp_path, {}) is None
 
 
 def test_questions_are_spread_over_all():

@@ -56,7 +56,7 @@ def float_copy(bundle, folder):
 
 @pytest.mark.interop
 @torch.inference_mode()
-def test_transformers_gives_our_logits(bundle, tmp_path):
+def test_transformers_gives_our_logits(bundle, tmp_path, torch_kernels):
     transformers = pytest.importorskip("transformers", reason="opens what we write")
     folder = float_copy(bundle, tmp_path / "float")
     kind = transformers.InternVLForConditionalGeneration

@@ -1,11 +1,14 @@
 """Sampling, decoding with a cache, and text from growing ids."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, Rope, float_layer
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.answer import AnswerText, PieceStream
+from vlquant.runtime.conversation_cache import ConversationCache
 from vlquant.runtime.generate import Decoding, Ending, Generation, shape_logits
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
@@ -221,3 +224,78 @@ def test_a_stop_text_ends_the_answer_and_is_never_shown():
 def test_pieces_arrive_while_the_answer_grows():
     pieces = pieces_of(byte_text("<|im_end|>"), b"alpha beta gamma")
     assert sum(map(bool, pieces)) > 10
+
+
+def said_with(decoder, memory, embeddings, *, continued, count=6):
+    """Ids of an answer, and how much of its prompt was known."""
+    mask = torch.ones(1, len(embeddings), dtype=torch.bool)
+    decoding = Decoding(
+        decoder, embeddings[None], mask, generation=Generation(max_new_tokens=count), ending=Ending(-1, PAD), memory=memory,
+        continued=continued,
+    )  # fmt: skip
+    return [int(ids) for ids in decoding], decoding.reused_tokens
+
+
+def test_a_next_turn_reads_only_what_is_new(decoder):
+    memory, first = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    said, reused = said_with(decoder, memory, decoder.embed(first), continued=True)
+    assert reused == 0
+    second = torch.cat((first, torch.tensor(said), torch.tensor([40, 3])))
+    again, reused = said_with(decoder, memory, decoder.embed(second), continued=True)
+    # The last token of an answer is never read while it is generated.
+    assert reused == len(first) + len(said) - 1
+    assert again == greedy_without_cache(decoder, second.tolist(), 6)
+    changed = torch.cat((first[:2], torch.tensor([50]), second[3:]))
+    third, reused = said_with(decoder, memory, decoder.embed(changed), continued=True)
+    assert reused == 2 and third == greedy_without_cache(decoder, changed.tolist(), 6)
+
+
+def test_a_prompt_known_in_full_is_answered_again(decoder):
+    memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    said, _ = said_with(decoder, memory, decoder.embed(ids), continued=True)
+    again, reused = said_with(decoder, memory, decoder.embed(ids), continued=True)
+    assert (again, reused) == (said, len(ids) - 1)
+
+
+def test_a_new_conversation_knows_nothing(decoder):
+    memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    said_with(decoder, memory, decoder.embed(ids), continued=True)
+    assert said_with(decoder, memory, decoder.embed(ids), continued=False)[1] == 0
+
+
+def test_two_answers_at_a_time_do_not_share_a_cache(decoder):
+    memory, prompts = ConversationCache(decoder), ([5, 9, 13], [5, 9, 40])
+    running = [
+        Decoding(
+            decoder, decoder.embed(torch.tensor([ids])), torch.ones(1, 3, dtype=torch.bool), memory=memory, continued=True,
+            generation=Generation(max_new_tokens=8), ending=Ending(-1, PAD),
+        )
+        for ids in prompts
+    ]  # fmt: skip
+    for _ in zip(*running, strict=True):
+        pass
+    assert [each.rows[0] for each in running] == [greedy_without_cache(decoder, ids, 8) for ids in prompts]
+
+
+def test_an_abandoned_answer_can_be_continued(decoder):
+    memory, first = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    decoding = Decoding(
+        decoder, decoder.embed(first)[None], torch.ones(1, 4, dtype=torch.bool), generation=Generation(max_new_tokens=8),
+        ending=Ending(-1, PAD), memory=memory,
+    )  # fmt: skip
+    steps = iter(decoding)
+    next(steps), next(steps)
+    steps.close()
+    second = torch.cat((first, torch.tensor(decoding.rows[0]), torch.tensor([3])))
+    said, reused = said_with(decoder, memory, decoder.embed(second), continued=True)
+    assert reused == 5 and said == greedy_without_cache(decoder, second.tolist(), 6)
+
+
+def test_keys_that_turn_with_the_length_are_not_reused(decoder):
+    stretched = Decoder(
+        replace(CONFIG, rope=Rope(10_000.0, dynamic_factor=2.0), max_positions=8), embedding=decoder.embedding,
+        layers=decoder.layers, norm=decoder.norm, head=decoder.head,
+    )  # fmt: skip
+    memory, ids = ConversationCache(stretched), torch.tensor([5, 9, 13, 21])
+    said_with(stretched, memory, stretched.embed(ids), continued=True)
+    assert said_with(stretched, memory, stretched.embed(ids), continued=True)[1] == 0

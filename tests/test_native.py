@@ -48,12 +48,13 @@ def weight_of(codes, scales, bits: int):
     return (codes.float() - 2 ** (bits - 1)) * scales.float().T.repeat_interleave(codes.shape[1] // len(scales), 1)
 
 
-def in_bytes(x):
-    """Inputs as the kernels round them: one scale for 32."""
-    blocks = x.unflatten(-1, (-1, 32))
-    most = blocks.abs().amax(-1, keepdim=True)
-    inverse = torch.where(most > 0, 127 / most, 0)
-    return ((blocks * inverse).round() * (most / 127)).flatten(-2)
+def as_read(x):
+    """Inputs as the kernels round them: 16 bits, one scale for 128."""
+    parts = []
+    for chunk in x.split(128, dim=-1):
+        most = chunk.abs().amax(-1, keepdim=True)
+        parts.append((chunk * torch.where(most > 0, 32512 / most, 0)).round() * (most / 32512))
+    return torch.cat(parts, dim=-1)
 
 
 def test_codes_lie_by_panels_blocks_and_quads():
@@ -81,10 +82,8 @@ def test_products_equal_torch_on_the_same_rounded_inputs(kernels, bits, rows, co
     linear = NativeLinear(kernels, packed_matrix(codes, scales, bias, bits=bits))
     for count in (1, 2, 3, 6, 7, 13, 97, 200):
         x = torch.randn(count, columns, generator=torch.Generator().manual_seed(count))
-        wanted = in_bytes(x) @ weight_of(codes, scales, bits).T + bias
-        apart = (linear(x) - wanted).abs()
-        # An input halfway between two codes may be rounded to the other.
-        assert apart.median() <= 1e-5 * wanted.abs().max() and apart.max() <= 5e-3 * wanted.abs().max()
+        wanted = as_read(x) @ weight_of(codes, scales, bits).T + bias
+        assert (linear(x) - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
 def test_the_widest_codes_do_not_saturate(kernels):
@@ -92,6 +91,24 @@ def test_the_widest_codes_do_not_saturate(kernels):
     x = torch.ones(1, 32)
     assert NativeLinear(kernels, packed_matrix(codes, scales, None, bits=8))(x)[0, 0] == pytest.approx(32 * 127)
     assert NativeLinear(kernels, packed_matrix(0 * codes, scales, None, bits=8))(-x)[0, 0] == pytest.approx(32 * 128)
+
+
+def test_inputs_of_any_size(kernels):
+    codes, scales = random_codes(32, 256, 4, 8)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)) * torch.tensor([[1e-30], [1.0], [1e30]])
+    x[:, 7] *= 1e3  # What massive activations look like.
+    wanted = x.double() @ weight_of(codes, scales, 4).double().T
+    found = NativeLinear(kernels, packed_matrix(codes, scales, None, bits=4))(x)
+    assert ((found - wanted).abs().amax(1) <= 3e-4 * wanted.abs().amax(1)).all()
+
+
+def test_numbers_that_are_none_stay_visible(kernels):
+    codes, scales = random_codes(16, 64, 4, 2)
+    linear = NativeLinear(kernels, packed_matrix(codes, scales, None, bits=4))
+    for number in (float("nan"), float("inf")):
+        x = torch.zeros(2, 64)
+        x[0, 3] = number
+        assert not linear(x)[0].isfinite().any() and not linear(x)[1].any()
 
 
 def test_zeros_stay_zeros(kernels):
@@ -111,17 +128,17 @@ def test_a_gptq_linear_is_what_its_tensors_say(kernels, bits):
     codes, scales = random_codes(96, 128, bits, 4)
     tensors = pack_gptq(codes, scales, bits=bits, group_size=32)
     x = torch.randn(5, 128, generator=torch.Generator().manual_seed(0))
-    wanted = in_bytes(x) @ dequantize_gptq(tensors, bits=bits).T
-    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=5e-3 * wanted.abs().max())
+    wanted = as_read(x) @ dequantize_gptq(tensors, bits=bits).T
+    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=1e-5 * wanted.abs().max())
 
 
 def test_an_int8_linear_is_what_its_tensors_say(kernels):
     weight = torch.randn(64, 96, generator=torch.Generator().manual_seed(0))
     tensors = quantize_int8(weight)
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(1))
-    wanted = in_bytes(x) @ (tensors["weight"].float() * tensors["SCB"].float()[:, None] / 127).T
+    wanted = as_read(x) @ (tensors["weight"].float() * tensors["SCB"].float()[:, None] / 127).T
     # Scales are kept as halves, which have 11 bits.
-    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=5e-3 * wanted.abs().max())
+    assert torch.allclose(NativeLinear(kernels, pack_linear(tensors))(x), wanted, atol=1e-3 * wanted.abs().max())
 
 
 def test_other_forms_are_left_to_torch():
@@ -200,20 +217,7 @@ def test_steps_equal_the_decoder_in_torch(kernels, name, length, pads):
         )
         seen = mask[:, end - piece.shape[1] : end]
         apart = (found - right)[seen].norm() / right[seen].norm()
-        # Rounded inputs amplify the last bit of a float; a wrong position, head or mask would be apart by half or more.
-        assert apart < 0.02, apart
-        assert found.isfinite()[seen].all()
-
-
-def test_one_layer_is_the_same_to_the_last_digits(kernels):
-    # One layer, one row: few inputs lie halfway between two codes.
-    config = DecoderConfig(64, 1, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096)
-    native, wanted = decoders(config, kernels)
-    apart = [
-        float((native(x) - wanted(x)).norm() / wanted(x).norm())
-        for x in (torch.randn(1, 1 + n, 64, generator=torch.Generator().manual_seed(n)) for n in range(9))
-    ]
-    assert sorted(apart)[4] < 1e-5
+        assert apart < 2e-4, apart
 
 
 def test_the_last_position_alone_has_the_same_logits(kernels):
@@ -262,3 +266,37 @@ def test_the_environment_chooses(wanted, printed):
 def test_an_unknown_choice_is_a_sentence():
     found = run_python("from vlquant.runtime.native import native_kernels as k; k()", VLQUANT_KERNELS="sse")
     assert "VLQUANT_KERNELS is 'sse'; set it to torch, avx2 or vnni" in found.stderr
+
+
+def test_a_cache_of_8_bits_is_close_and_not_the_same(kernels):
+    native, _ = decoders(CONFIGS["seven heads to a key"], kernels)
+    x = torch.randn(2, 40, 896, generator=torch.Generator().manual_seed(0))
+    found = {}
+    for bits in (32, 8):
+        cache = native.new_cache(batch=2, capacity=60, bits=bits)
+        found[bits] = torch.cat([native(part, cache=cache, all_positions=True) for part in x.split([30, 1, 9], 1)], 1)
+    apart = (found[8] - found[32]).norm() / found[32].norm()
+    assert 0 < apart < 0.1
+    small, large = (native.new_cache(batch=1, capacity=64, bits=bits).keys.nbytes for bits in (8, 32))
+    assert 4 * small == large
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+def test_a_copied_cache_goes_on_to_the_bit(kernels, bits):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
+    whole = native.new_cache(batch=1, capacity=40, bits=bits)
+    wanted = native(x, cache=whole, all_positions=True)
+    again = native.new_cache(batch=1, capacity=77, bits=bits)
+    again.copy_from(whole, 21)
+    assert torch.equal(native(x[:, 21:], cache=again, all_positions=True), wanted[:, 21:])
+
+
+def test_neighbours_and_pieces_change_no_bit(kernels):
+    # Every sum is formed in the same order whoever stands beside it: a check asks in batches, a chat alone.
+    native, _ = decoders(CONFIGS["norms of heads"], kernels)
+    x = torch.randn(3, 50, 128, generator=torch.Generator().manual_seed(0))
+    together = native(x, all_positions=True)
+    cache = native.new_cache(batch=1, capacity=50)
+    pieces = torch.cat([native(part, cache=cache, all_positions=True) for part in x[1:2].split([20, 1, 22, 7], 1)], 1)
+    assert torch.equal(pieces[0], together[1])

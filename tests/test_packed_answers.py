@@ -14,6 +14,7 @@ from vlquant.recipe import Recipe
 from vlquant.request import Request
 from vlquant.runtime import Generation, load
 from vlquant.runtime.linear import PackedLinear
+from vlquant.runtime.native_decoder import NativeDecoder
 
 from tests.golden_folder import golden_folder
 
@@ -54,7 +55,7 @@ def bundle(request, tmp_path_factory):
     return quantize(source, recipe=recipe, output=tmp_path_factory.mktemp("bundle") / "packed"), source, recipe
 
 
-def test_packed_decoders_equal_expanded_ones(bundle):
+def test_packed_decoders_equal_expanded_ones(bundle, torch_kernels):
     folder, source, recipe = bundle
     pipe = load(folder, vision="torch")
     assert all(isinstance(linear, PackedLinear) for layer in pipe.decoder.layers for linear in layer.linears.values())
@@ -63,6 +64,18 @@ def test_packed_decoders_equal_expanded_ones(bundle):
     pipe.decoder = expanded_decoder(folder, source, recipe)
     (wanted,) = pipe.answer_logits([QUESTION], [answer.ids])
     torch.testing.assert_close(packed, wanted, atol=2e-4, rtol=0)
+
+
+def test_compiled_decoders_are_close_to_expanded_ones(bundle):
+    folder, source, recipe = bundle
+    pipe = load(folder, vision="torch")
+    assert isinstance(pipe.decoder, NativeDecoder) == (recipe != RECIPES["nf4"])
+    answer = pipe.ask(QUESTION, generation=Generation(max_new_tokens=8))
+    (packed,) = pipe.answer_logits([QUESTION], [answer.ids])
+    pipe.decoder = expanded_decoder(folder, source, recipe)
+    (wanted,) = pipe.answer_logits([QUESTION], [answer.ids])
+    # The head is in 8 bits.
+    assert (packed - wanted).norm() <= 1e-2 * wanted.norm()
 
 
 def test_both_vision_towers_give_one_answer(tmp_path):

@@ -138,7 +138,7 @@ def test_finished_bundle_is_kept_and_another_is_refused(tmp_path):
     with pytest.raises(OutputRefused, match="--overwrite"):
         quantize(INTERNLM2, recipe=RECIPES["bnb-4"], output=output)
     quantize(INTERNLM2, recipe=RECIPES["bnb-4"], output=output, overwrite=True)
-    assert read_manifest(output).recipe == {"method": "bnb", "bits": 4}
+    assert read_manifest(output).recipe == {"method": "bnb", "bits": 4, "head_bits": 8}
     (output / "model.safetensors").write_bytes(b"")
     with pytest.raises(OutputRefused, match="incomplete"):
         quantize(INTERNLM2, recipe=RECIPES["bnb-4"], output=output)

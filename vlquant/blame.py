@@ -6,7 +6,7 @@ decoder layer is in memory.
 
 import math
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,45 +19,44 @@ from vlquant.model import Model
 
 QUESTIONS = 48
 """Asked for the blame, evenly spread over those with pictures."""
+StatesOf = Callable[[int], Tensor]
+"""Hidden states [answer tokens, hidden_size] after the last layer, by number of question."""
 NO_NOISE = 999.0
 """Decibels that stand for infinitely many."""
 
 
 def find_blame(
-    models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates], answers: Answers, *, device: str, step: Step
-) -> Blame | None:
+    models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates], states: tuple[StatesOf, StatesOf], answers: Answers, *,
+    device: str, step: Step,
+) -> Blame | None:  # fmt: skip
     """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers or finite numbers.
 
-    models, prompts: reference and bundle; answers: of questions with pictures, of which some are taken.
+    models, prompts: reference and bundle; states: theirs along an answer, as `forced_states` has them; answers: of questions
+    with pictures, of which some are taken.
     """
     chosen = spread(answers)
     if not chosen:
         return None
-    done = 0
+    own = tuple([each(number) for number in chosen] for each in states)
+    heads = tuple(LogitsHead(model, device) for model in models)
+    both = mean_divergence(heads, own, chosen)
+    if all(torch.equal(prompts[0][number], prompts[1][number]) for number in chosen):
+        return Blame(len(chosen), None, both, both, None) if math.isfinite(both) else None
+    layers, done = models[0].config.decoder.layers, 0
 
-    def layers(*_: int) -> None:
+    def count(*_: int) -> None:
         nonlocal done
         done += 1
-        step(done, 4 * models[0].config.decoder.layers)
+        step(done, 2 * layers)
 
-    with tempfile.TemporaryDirectory(prefix="vlquant-blame-") as folder:
-        states = {}
-        for model in (0, 1):
-            for seen in (0, 1):
-                place = Path(folder, f"{model}{seen}")
-                place.mkdir()
-                states[model, seen] = forced_states(
-                    models[model], prompts[seen], chosen, folder=place, device=device, step=layers
-                )
-        heads = tuple(LogitsHead(model, device) for model in models)
-        apart = {
-            (model, seen): mean_divergence((heads[0], heads[model]), (states[0, 0], states[model, seen]), chosen)
-            for model, seen in ((0, 1), (1, 0), (1, 1))
-        }
-    if not all(map(math.isfinite, apart.values())):
+    apart = []
+    for model in (0, 1):  # Each with the other's features.
+        with tempfile.TemporaryDirectory(prefix="vlquant-blame-") as folder:
+            mixed = forced_states(models[model], prompts[1 - model], chosen, folder=Path(folder), device=device, step=count)
+            apart.append(mean_divergence((heads[0], heads[model]), (own[0], mixed), chosen))
+    if not all(map(math.isfinite, (*apart, both))):
         return None
-    same_features = all(torch.equal(prompts[0][index], prompts[1][index]) for index in chosen)
-    return Blame(len(chosen), None if same_features else apart[0, 1], apart[1, 0], apart[1, 1], None)
+    return Blame(len(chosen), *apart, both, None)
 
 
 def spread(answers: Answers) -> dict[int, Sequence[int]]:
@@ -66,7 +65,7 @@ def spread(answers: Answers) -> dict[int, Sequence[int]]:
     return {index: answers[index] for index in numbers[:: max(1, -(-len(numbers) // QUESTIONS))]}
 
 
-def mean_divergence(heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Answers) -> float:
+def mean_divergence(heads: tuple[LogitsHead, LogitsHead], states: tuple[Iterable[Tensor], Iterable[Tensor]], answers: Answers) -> float:
     """Mean over all answer tokens, in nats; infinite if the numbers of one model overflowed at all of them."""
     apart = torch.cat([each.divergence[each.finite] for each in compare_answers(heads, states, answers)])
     return float(apart.mean()) if len(apart) else math.inf

@@ -102,6 +102,7 @@ def quantize_command(
         float | None, typer.Option(help="Between 4 and 8: linears that need it most get 8 bits, the others 4 (gptq).")
     ] = None,
     group_size: Annotated[int, typer.Option(help="Input columns sharing one scale (gptq, rtn).")] = Recipe.group_size,
+    head_bits: Annotated[int, typer.Option(help="Of the head while answering on a CPU: 8, or 16 as stored.")] = Recipe.head_bits,
     calib: Annotated[
         list[str],
         typer.Option(
@@ -126,7 +127,7 @@ def quantize_command(
 ) -> None:
     """Quantize the language model; vision tower, projector, embeddings and head stay as they are."""
     recipe = Recipe(
-        method=method, bits=bits, average_bits=average_bits, group_size=group_size, damping=damping, calibration=tuple(calib),
+        method=method, bits=bits, average_bits=average_bits, group_size=group_size, head_bits=head_bits, damping=damping, calibration=tuple(calib),
         samples=samples, tokens=tokens, seed=seed, vision_share=vision_share, answer_share=answer_share, compensation=compensation,
     )  # fmt: skip
     source = model_or_demo(model)
@@ -212,6 +213,7 @@ def chat_command(
     top_k: Annotated[int | None, typer.Option(help="Draw from this many likeliest tokens.")] = None,
     repetition_penalty: Annotated[float | None, typer.Option(help="Above 1: avoid repeating.")] = None,
     seed: Annotated[int | None, typer.Option(help="Draw the same tokens again.")] = None,
+    cache_bits: Annotated[int | None, typer.Option(help="Of keys and values: 32, or 8 for a quarter of the memory.")] = None,
     device: DeviceOption = "cpu",
     vision: VisionOption = None,
 ) -> None:
@@ -223,7 +225,7 @@ def chat_command(
 
     generation = given(
         max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, top_k=top_k,
-        repetition_penalty=repetition_penalty, seed=seed,
+        repetition_penalty=repetition_penalty, seed=seed, cache_bits=cache_bits,
     )  # fmt: skip
     chat(
         asked, model=model, device=device, vision=vision, max_tiles=max_tiles, prompt=form, tokenizer=tokenizer,

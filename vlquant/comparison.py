@@ -49,8 +49,9 @@ def measure(
     if not all(bool(torch.isfinite(each.reference_surprise).all()) for each in compared.values()):
         raise BrokenCheckpoint(f"{sides[0].folder} computes numbers that are not finite; download the checkpoint again")
     pictured = {number: ids for number, ids in answers.items() if findings.tiles[number]}
-    step = layers_done(report, "blame, layers")
-    blame = find_blame(models, prompts, pictured, device=options.device, step=step) if pictured else None
+    places, step = {number: place for place, number in enumerate(answers)}, layers_done(report, "blame, layers")
+    known = tuple(lambda number, own=own: own[places[number]] for own in states)
+    blame = find_blame(models, prompts, known, pictured, device=options.device, step=step)
     if blame is not None and blame.vision is not None:
         keys = [each.question.key for each in findings.asked]
         tile = worst_tile(keys, places_of(findings, models[0]), prompts, models[0].config.chat.tokens_per_tile)

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlquant.errors import InvalidRequest
+
 Linear = Callable[[Tensor], Tensor]
 
 LINEARS = (
@@ -180,6 +182,8 @@ class LayerCache:
 class KeyValueCache:
     """The cache of a whole decoder: `capacity` positions for `batch` rows, allocated once."""
 
+    bits = 32
+
     def __init__(self, config: DecoderConfig, *, batch: int, capacity: int, dtype=torch.float32, device="cpu"):
         shape = (batch, config.key_value_heads, capacity, config.head_dim)
         self.layers = [
@@ -191,6 +195,12 @@ class KeyValueCache:
     def length(self) -> int:
         """Positions stored so far."""
         return self.layers[0].length
+
+    def copy_from(self, other: "KeyValueCache", length: int) -> None:
+        """Begin with the first `length` positions of another cache."""
+        for own, given in zip(self.layers, other.layers, strict=True):
+            own.length = 0
+            own.append(given.keys[:, :, :length], given.values[:, :, :length])
 
 
 class DecoderLayer:
@@ -266,8 +276,10 @@ class Decoder:
         """Where it computes."""
         return self.embedding.device
 
-    def new_cache(self, *, batch: int, capacity: int) -> KeyValueCache:
-        """An empty cache for conversations of `capacity` positions."""
+    def new_cache(self, *, batch: int, capacity: int, bits: int = 32) -> KeyValueCache:
+        """An empty cache for conversations of `capacity` positions; raises InvalidRequest for other bits than 32."""
+        if bits != 32:
+            raise InvalidRequest("a key-value cache of 8 bits needs the compiled CPU kernels; leave --cache-bits at 32 here")
         return KeyValueCache(self.config, batch=batch, capacity=capacity, device=self.device)
 
     def embed(self, ids: Tensor) -> Tensor:

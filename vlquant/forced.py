@@ -3,7 +3,7 @@
 Hidden states lie in files, so that the float reference of a model needs no more memory than one of its layers.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -87,7 +87,7 @@ class LogitsHead:
 
 @torch.inference_mode()
 def compare_answers(
-    heads: tuple[LogitsHead, LogitsHead], states: tuple[HiddenStates, HiddenStates], answers: Answers
+    heads: tuple[LogitsHead, LogitsHead], states: tuple[Iterable[Tensor], Iterable[Tensor]], answers: Answers
 ) -> Iterator[TokenComparison]:
     """Reference and bundle, in this order, along each answer."""
     for wanted, given, ids in zip(*states, answers.values(), strict=True):

@@ -23,19 +23,27 @@ static void rotate_heads(float *rows, int64_t heads, int64_t head_dim, const flo
     }
 }
 
-/* scores[q][position] of `count` queries [head_dim] for the positions from `start` to `stop`, in whole blocks of lanes. */
-INLINE void score(const float *keys, const float *const *queries, int64_t head_dim, int64_t start, int64_t stop,
-                         float *scores, int64_t capacity, const int count)
+/* One head of one conversation in the cache. */
+typedef struct {
+    const void *keys, *values;
+    const float *key_scales, *value_scales;
+    int64_t head_dim, capacity, start;
+} Head;
+
+/* scores[q][position] of `count` queries [head_dim] for the positions up to `stop`, in whole blocks of lanes. */
+INLINE void score(const Head *head, const float *const *queries, int64_t stop, float *scores, const int count, const int in_bytes)
 {
-    for (int64_t block = start / LANES; block * LANES < stop; block++) {
-        const float *own = keys + block * LANES * head_dim;
+    for (int64_t block = head->start / LANES; block * LANES < stop; block++) {
         floats found[count];
         for (int q = 0; q < count; q++) found[q] = (floats){0};
-        for (int64_t i = 0; i < head_dim; i++) {
-            floats key = read_floats(own + i * LANES);
+        for (int64_t i = 0; i < head->head_dim; i++) {
+            floats key = read_cached(head->keys, (block * head->head_dim + i) * LANES, in_bytes);
             for (int q = 0; q < count; q++) found[q] += key * queries[q][i];
         }
-        for (int q = 0; q < count; q++) write_floats(scores + q * capacity + block * LANES, found[q]);
+        for (int q = 0; q < count; q++) {
+            if (in_bytes) found[q] *= read_floats(head->key_scales + block * LANES);
+            write_floats(scores + q * head->capacity + block * LANES, found[q]);
+        }
     }
 }
 
@@ -58,18 +66,20 @@ static float soften(float *scores, int64_t start, int64_t stop, int64_t from, in
 }
 
 /* Values weighed by scores, two registers of features of `count` queries at a time. */
-INLINE void mix(const float *values, const float *scores, int64_t capacity, int64_t head_dim, int64_t start,
-                       int64_t stop, const float *sums, float *const *outputs, const int count)
+INLINE void mix(const Head *head, const float *scores, int64_t stop, const float *sums, float *const *outputs, const int count,
+                const int in_bytes)
 {
-    for (int64_t feature = 0; feature < head_dim; feature += 2 * LANES) {
-        const int pair = feature + 2 * LANES <= head_dim;
+    for (int64_t feature = 0; feature < head->head_dim; feature += 2 * LANES) {
+        const int pair = feature + 2 * LANES <= head->head_dim;
         floats low[count], high[count];
         for (int q = 0; q < count; q++) low[q] = high[q] = (floats){0};
-        for (int64_t position = start; position < stop; position++) {
-            const float *own = values + position * head_dim + feature;
-            floats first = read_floats(own), second = pair ? read_floats(own + LANES) : (floats){0};
+        for (int64_t position = head->start; position < stop; position++) {
+            int64_t place = position * head->head_dim + feature;
+            floats first = read_cached(head->values, place, in_bytes);
+            floats second = pair ? read_cached(head->values, place + LANES, in_bytes) : (floats){0};
             for (int q = 0; q < count; q++) {
-                float share = scores[q * capacity + position];
+                float share = scores[q * head->capacity + position];
+                if (in_bytes) share *= head->value_scales[position];
                 low[q] += first * share;
                 high[q] += second * share;
             }
@@ -81,16 +91,27 @@ INLINE void mix(const float *values, const float *scores, int64_t capacity, int6
     }
 }
 
-INLINE void attend(const float *keys, const float *values, const float *const *queries, float *const *outputs,
-                          const int64_t *stops, int64_t start, int64_t head_dim, int64_t capacity, float *scores,
-                          const int count)
+INLINE void attend(const Head *head, const float *const *queries, float *const *outputs, const int64_t *stops, float *scores,
+                   const int count, const int in_bytes)
 {
     int64_t last = stops[count - 1];
     float sums[count];
-    score(keys, queries, head_dim, start, last, scores, capacity, count);
+    score(head, queries, last, scores, count, in_bytes);
     for (int q = 0; q < count; q++)
-        sums[q] = soften(scores + q * capacity, start, stops[q], start, last, 1 / sqrtf((float)head_dim));
-    mix(values, scores, capacity, head_dim, start, last, sums, outputs, count);
+        sums[q] = soften(scores + q * head->capacity, head->start, stops[q], head->start, last, 1 / sqrtf((float)head->head_dim));
+    mix(head, scores, last, sums, outputs, count, in_bytes);
+}
+
+/* As many queries at a time as there are, eight at most. */
+INLINE void attend_some(const Head *head, const float *const *queries, float *const *outputs, const int64_t *stops,
+                        float *scores, int queries_left, const int in_bytes)
+{
+    int done = 0;
+    #define ATTEND(n) \
+        for (; queries_left - done >= n; done += n) \
+            attend(head, queries + done, outputs + done, stops + done, scores, n, in_bytes);
+    ATTEND(8) ATTEND(7) ATTEND(4) ATTEND(2) ATTEND(1)
+    #undef ATTEND
 }
 
 typedef struct {
@@ -126,14 +147,18 @@ static void attend_all(Team *team, const Stack *stack, const Cache *cache, const
             outputs[count] = of->outputs + offset;
             stops[count++] = step->past + i / group + 1;
         }
-        const float *keys = cache->keys + place * area, *values = cache->values + place * area;
-        int done = 0;
-        #define ATTEND(n) \
-            for (; count - done >= n; done += n) \
-                attend(keys, values, queries + done, outputs + done, stops + done, start, stack->head_dim, \
-                              cache->capacity, of->scores, n);
-        ATTEND(8) ATTEND(7) ATTEND(4) ATTEND(2) ATTEND(1)
-        #undef ATTEND
+        Head own = {.head_dim = stack->head_dim, .capacity = cache->capacity, .start = start};
+        if (cache->key_scales) {
+            own.keys = (const int8_t *)cache->keys + place * area;
+            own.values = (const int8_t *)cache->values + place * area;
+            own.key_scales = cache->key_scales + place * cache->capacity;
+            own.value_scales = cache->value_scales + place * cache->capacity;
+            attend_some(&own, queries, outputs, stops, of->scores, count, 1);
+        } else {
+            own.keys = (const float *)cache->keys + place * area;
+            own.values = (const float *)cache->values + place * area;
+            attend_some(&own, queries, outputs, stops, of->scores, count, 0);
+        }
     }
     meet(team);
 }

@@ -4,8 +4,7 @@
 
 #pragma GCC target("avx2,fma,f16c")
 #define LANES 8
-#define TILE_PANELS 1
-#define TILE_ROWS 2
+#define TILE_ROWS 4
 #define RUN_STACK run_stack_avx2
 #define RUN_PRODUCT run_product_avx2
 

@@ -1,6 +1,6 @@
 /* How the memory that Python hands over is parted. */
 
-typedef struct { int64_t queries, keys, gate, scores, row, inputs; } Sizes;
+typedef struct { int64_t queries, keys, gate, scores, row, inputs, chunks; } Sizes;
 
 static inline int64_t whole(int64_t floats) { return (floats + 31) / 32 * 32; }
 
@@ -13,6 +13,7 @@ static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t len
     return (Sizes){
         .queries = rows * width, .keys = rows * stack->key_value_heads * stack->head_dim, .gate = rows * widest,
         .scores = threads * 8 * cache->capacity, .row = threads * stack->hidden_size, .inputs = rows * widest,
+        .chunks = rows * ((widest + 127) / 128),
     };
 }
 
@@ -23,11 +24,12 @@ static inline float *take(float **scratch, int64_t floats)
     return taken;
 }
 
-static inline Inputs take_inputs(float **scratch, int64_t count)
+/* count: rows * columns; chunks: rows * columns / 128, each row rounded up. */
+static inline Inputs take_inputs(float **scratch, int64_t count, int64_t chunks)
 {
-    int8_t *codes = (int8_t *)take(scratch, (count + 3) / 4);
-    float *scales = take(scratch, count / 32);
-    return (Inputs){codes, scales, (int32_t *)take(scratch, count / 32)};
+    int8_t *codes = (int8_t *)take(scratch, (count + 1) / 2);
+    float *scales = take(scratch, chunks);
+    return (Inputs){codes, scales, (int32_t *)take(scratch, 4 * chunks)};
 }
 
-static inline int64_t floats_of_inputs(int64_t count) { return whole((count + 3) / 4) + 2 * whole(count / 32); }
+static inline int64_t floats_of_inputs(int64_t count, int64_t chunks) { return whole((count + 1) / 2) + whole(chunks) + whole(4 * chunks); }

@@ -13,11 +13,16 @@ typedef int32_t four_bytes_at __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PANEL = 16, PARTS = PANEL / LANES, BLOCK = 32, QUERIES = 8 };
+enum { PANEL = 16, PARTS = PANEL / LANES, BLOCK = 32, CHUNK = 128, QUERIES = 8 };
 
 INLINE floats read_floats(const float *from) { return *(const floats_at *)from; }
 INLINE void write_floats(float *to, floats value) { *(floats_at *)to = value; }
 INLINE bytes read_bytes(const uint8_t *from) { return *(const bytes_at *)from; }
+INLINE floats read_cached(const void *from, int64_t index, const int in_bytes)
+{
+    if (!in_bytes) return read_floats((const float *)from + index);
+    return __builtin_convertvector(*(const few_bytes_at *)((const int8_t *)from + index), floats);
+}
 INLINE int four_bytes(const int8_t *from) { return *(const four_bytes_at *)from; }
 INLINE floats all_floats(float value) { return value - (floats){0}; }
 INLINE ints all_ints(int value) { return value - (ints){0}; }
@@ -70,7 +75,7 @@ INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
 {
     return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
 }
-#define dot_wide_bytes dot_bytes
+INLINE ints dot(ints sum, bytes codes, int inputs, const int wide) { (void)wide; return dot_bytes(sum, codes, inputs); }
 #define WIDE_ZERO 128
 
 INLINE floats read_halves(const uint16_t *from)
@@ -93,6 +98,10 @@ INLINE ints dot_wide_bytes(ints sum, bytes codes, int inputs)
     __m256i own = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8(-128));
     __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(_mm256_set1_epi32(inputs), own));
     return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+INLINE ints dot(ints sum, bytes codes, int inputs, const int wide)
+{
+    return wide ? dot_wide_bytes(sum, codes, inputs) : dot_bytes(sum, codes, inputs);
 }
 #define WIDE_ZERO 0
 

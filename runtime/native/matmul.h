@@ -1,106 +1,135 @@
-/* Inputs in bytes times packed codes, for any number of rows of inputs.
+/* Inputs in 16 bits times packed codes, for any number of rows of inputs.
 
    A panel holds 16 rows of a matrix; a register holds 4 columns of each of them, so a sum of products needs no sum over
-   lanes, and one scale of inputs and 16 of weights turn it into floats after every 32 columns. */
+   lanes. An input is 255 * coarse + fine, both bytes, with one scale for 128 of them: how fast weights come from memory
+   decides what a single row takes, so the second product costs little there, and results are those of float inputs. */
 
-/* Bytes and scales of rows [from, to) of `values` [rows][columns]: round(value / scale), scale = largest / 127. */
-static void quantize_row(const float *values, int64_t columns, int8_t *codes, float *scales, int32_t *sums)
+enum { RADIX = 255, LARGEST = RADIX * 127 + 127 };
+
+static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+
+/* Rows of inputs lie in groups of TILE_ROWS, the last ones of halves of that, side by side quad by quad: a tile reads one line. */
+typedef struct { int64_t start, size; } Group;
+
+static inline Group group_of(int64_t row, int64_t rows)
 {
-    for (int64_t block = 0; block < columns / BLOCK; block++) {
-        const float *own = values + block * BLOCK;
-        floats most = {0};
-        for (int i = 0; i < BLOCK; i += LANES) most = larger(most, larger(read_floats(own + i), -read_floats(own + i)));
-        float largest = largest_lane(most), inverse = largest > 0 ? 127.0f / largest : 0.0f;
+    int64_t start = 0, size = TILE_ROWS;
+    while (row >= start + (rows - start) / size * size) {
+        start += (rows - start) / size * size;
+        size /= 2;
+    }
+    return (Group){start + (row - start) / size * size, size};
+}
+
+/* Inputs [from, from + count) of one row of `rows`: nearest integers to value / scale, scale = largest of 128 / LARGEST. */
+static void quantize_row(const float *values, int64_t row, int64_t rows, int64_t columns, int64_t from, int64_t count,
+                         const Inputs *inputs)
+{
+    Group group = group_of(row, rows);
+    int8_t *codes = inputs->codes + 2 * group.start * columns + 8 * (row - group.start);
+    float *scales = inputs->scales + row * chunks_of(columns);
+    int32_t *sums = inputs->sums + row * chunks_of(columns) * (CHUNK / BLOCK);
+    for (int64_t start = from; start < from + count; start += CHUNK) {
+        int64_t stop = start + CHUNK < from + count ? start + CHUNK : from + count;
+        const float *own = values - from;
+        floats most = {0}, nothing = {0};
+        for (int64_t i = start; i < stop; i += LANES) {
+            most = larger(most, larger(read_floats(own + i), -read_floats(own + i)));
+            nothing += read_floats(own + i) - read_floats(own + i); /* unless it is no number: that has to be seen */
+        }
+        float largest = largest_lane(most), inverse = largest > 0 ? LARGEST / largest : 0.0f;
         ints sum = {0};
-        for (int i = 0; i < BLOCK; i += LANES) {
-            ints code = __builtin_convertvector(nearest(read_floats(own + i) * inverse), ints);
-            *(few_bytes_at *)(codes + block * BLOCK + i) = __builtin_convertvector(code, few_bytes);
-            sum += code;
+        for (int64_t i = start; i < stop; i += LANES) {
+            floats code = nearest(read_floats(own + i) * inverse), high = nearest(code * (1.0f / RADIX));
+            few_bytes coarse = __builtin_convertvector(high, few_bytes), fine = __builtin_convertvector(code - high * RADIX, few_bytes);
+            for (int lane = 0; lane < LANES; lane += 4) {
+                int8_t *place = codes + (i + lane) / 4 * 8 * group.size;
+                memcpy(place, (int8_t *)&coarse + lane, 4);
+                memcpy(place + 4, (int8_t *)&fine + lane, 4);
+            }
+            sum += __builtin_convertvector(code, ints);
+            if (i % BLOCK == BLOCK - LANES) {
+                sums[i / BLOCK] = 0;
+                for (int lane = 0; lane < LANES; lane++) sums[i / BLOCK] += sum[lane];
+                sum = (ints){0};
+            }
         }
-        scales[block] = largest / 127.0f;
-        sums[block] = 0;
-        for (int lane = 0; lane < LANES; lane++) sums[block] += sum[lane];
+        scales[start / CHUNK] = largest / LARGEST + sum_lanes(nothing);
     }
 }
 
-/* Outputs of `panels` panels for `rows` rows of inputs; both are constants where this is inlined. */
-INLINE void tile(const Matrix *matrix, const Inputs *inputs, int64_t panel, int64_t row, const int panels,
-                 const int rows, const int wide, floats totals[panels * PARTS][rows])
+/* Add the products of one block of 32 columns: LANES rows of a matrix, a group of `rows` rows of inputs. */
+INLINE void multiply_block(const uint8_t *codes, const int8_t *inputs, const int rows, const int wide, ints high[rows], ints low[rows])
 {
-    const int64_t blocks = matrix->columns / BLOCK, per_group = matrix->group_size / BLOCK;
-    const int64_t groups = blocks / per_group, block_bytes = PANEL * BLOCK / (wide ? 1 : 2);
-    const int zero = wide ? WIDE_ZERO : 8, parts = panels * PARTS;
-    for (int p = 0; p < parts; p++)
-        for (int r = 0; r < rows; r++) totals[p][r] = (floats){0};
-    for (int64_t group = 0; group < groups; group++) {
-        floats weight_scales[parts];
-        for (int p = 0; p < parts; p++)
-            weight_scales[p] = read_halves(matrix->scales + ((panel + p / PARTS) * groups + group) * PANEL + p % PARTS * LANES);
-        for (int64_t block = group * per_group; block < (group + 1) * per_group; block++) {
-            ints sums[parts][rows];
-            const int8_t *own[rows];
-            for (int r = 0; r < rows; r++) {
-                own[r] = inputs->codes + (row + r) * matrix->columns + block * BLOCK;
-                for (int p = 0; p < parts; p++) sums[p][r] = all_ints(-zero * inputs->sums[(row + r) * blocks + block]);
-            }
-            for (int quad = 0; quad < (wide ? 8 : 4); quad++)
-                for (int p = 0; p < parts; p++) {
-                    int64_t place = ((panel + p / PARTS) * blocks + block) * block_bytes;
-                    bytes codes = read_bytes(matrix->codes + place + 64 * quad + p % PARTS * LANES * 4);
-                    for (int r = 0; wide && r < rows; r++) sums[p][r] = dot_wide_bytes(sums[p][r], codes, four_bytes(own[r] + 4 * quad));
-                    if (wide) continue;
-                    bytes low = codes & 15, high = (bytes)(((ints)codes >> 4) & 0x0f0f0f0f);
-                    for (int r = 0; r < rows; r++) {
-                        sums[p][r] = dot_bytes(sums[p][r], low, four_bytes(own[r] + 4 * quad));
-                        sums[p][r] = dot_bytes(sums[p][r], high, four_bytes(own[r] + 16 + 4 * quad));
-                    }
-                }
-            for (int r = 0; r < rows; r++) {
-                floats scale = all_floats(inputs->scales[(row + r) * blocks + block]);
-                for (int p = 0; p < parts; p++) totals[p][r] += to_floats(sums[p][r]) * scale * weight_scales[p];
-            }
-        }
-    }
-}
-
-INLINE void store_tile(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t panel, int64_t row,
-                       const int panels, const int rows, const int wide, int added)
-{
-    floats totals[panels * PARTS][rows];
-    tile(matrix, inputs, panel, row, panels, rows, wide, totals);
-    for (int p = 0; p < panels * PARTS; p++)
+    for (int quad = 0; quad < (wide ? 8 : 4); quad++) {
+        bytes own = read_bytes(codes + 4 * PANEL * quad), first = wide ? own : own & 15;
         for (int r = 0; r < rows; r++) {
-            int64_t column = panel * PANEL + p * LANES;
-            float *place = outputs + (row + r) * matrix->rows + column;
-            if (matrix->bias) totals[p][r] += read_floats(matrix->bias + column);
-            if (added) totals[p][r] += read_floats(place);
-            write_floats(place, totals[p][r]);
+            high[r] = dot(high[r], first, four_bytes(inputs + 8 * (quad * rows + r)), wide);
+            low[r] = dot(low[r], first, four_bytes(inputs + 8 * (quad * rows + r) + 4), wide);
         }
-}
-
-/* A strip of panels for some rows, in tiles as large as the registers allow. */
-INLINE void strip(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t panel, int64_t stop,
-                         int64_t row, const int rows, const int wide, int added)
-{
-    enum { FEW = TILE_PANELS, MANY = 2 * TILE_PANELS };
-    if (rows == 1)
-        for (; panel + MANY <= stop; panel += MANY)
-            store_tile(matrix, inputs, outputs, panel, row, MANY, 1, wide, added);
-    for (; panel + FEW <= stop; panel += FEW) store_tile(matrix, inputs, outputs, panel, row, FEW, rows, wide, added);
-    for (; panel < stop; panel++) store_tile(matrix, inputs, outputs, panel, row, 1, rows, wide, added);
-}
-
-static void strip_of_rows(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t panel, int64_t stop,
-                                 int64_t row, int64_t rows, const int wide, int added)
-{
-    /* Rows in the outer loop would read a strip again for each; it lies in the nearest cache after the first. */
-    for (; rows >= TILE_ROWS; rows -= TILE_ROWS, row += TILE_ROWS)
-        strip(matrix, inputs, outputs, panel, stop, row, TILE_ROWS, wide, added);
-    if (rows >= 2) {
-        strip(matrix, inputs, outputs, panel, stop, row, 2, wide, added);
-        rows -= 2, row += 2;
+        if (wide) continue;
+        bytes second = (bytes)(((ints)own >> 4) & 0x0f0f0f0f);
+        for (int r = 0; r < rows; r++) {
+            high[r] = dot(high[r], second, four_bytes(inputs + 8 * ((quad + 4) * rows + r)), 0);
+            low[r] = dot(low[r], second, four_bytes(inputs + 8 * ((quad + 4) * rows + r) + 4), 0);
+        }
     }
-    for (; rows > 0; rows--, row++) strip(matrix, inputs, outputs, panel, stop, row, 1, wide, added);
+}
+
+/* Outputs of LANES rows of a matrix, from row LANES * part on, for a group of `rows` rows of inputs, a constant where inlined. */
+INLINE void tile(const Matrix *matrix, const Inputs *inputs, int64_t part, int64_t row, const int rows, const int wide,
+                 floats totals[rows])
+{
+    const int64_t columns = matrix->columns, blocks = columns / BLOCK, per_group = matrix->group_size / BLOCK;
+    const int64_t groups = blocks / per_group, block_bytes = PANEL * BLOCK / (wide ? 1 : 2), chunks = chunks_of(columns);
+    const int64_t panel = part / PARTS, half = part % PARTS * LANES;
+    const uint8_t *codes = matrix->codes + panel * blocks * block_bytes + half * 4;
+    const uint16_t *scales = matrix->scales + panel * groups * PANEL + half;
+    for (int r = 0; r < rows; r++) totals[r] = (floats){0};
+    for (int64_t block = 0; block < blocks;) {
+        /* As far as neither the scale of the weights nor that of the inputs changes. */
+        int64_t group = block / per_group, chunk = block / (CHUNK / BLOCK), stop = blocks;
+        if ((group + 1) * per_group < stop) stop = (group + 1) * per_group;
+        if ((chunk + 1) * (CHUNK / BLOCK) < stop) stop = (chunk + 1) * (CHUNK / BLOCK);
+        ints high[rows], low[rows];
+        for (int r = 0; r < rows; r++) {
+            int32_t sum = 0;
+            for (int64_t each = block; each < stop; each++) sum += inputs->sums[(row + r) * chunks * (CHUNK / BLOCK) + each];
+            high[r] = (ints){0}, low[r] = all_ints(-(wide ? WIDE_ZERO : 8) * sum);
+        }
+        for (; block < stop; block++)
+            multiply_block(codes + block * block_bytes, inputs->codes + 2 * (row * columns + block * BLOCK * rows), rows, wide, high, low);
+        floats weight_scale = read_halves(scales + group * PANEL);
+        for (int r = 0; r < rows; r++) {
+            ints sum = (high[r] << 8) - high[r] + low[r]; /* RADIX times the high one */
+            totals[r] += to_floats(sum) * (inputs->scales[(row + r) * chunks + chunk] * weight_scale);
+        }
+    }
+}
+
+INLINE void store_tile(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t part, int64_t row, const int rows,
+                       const int wide, int added)
+{
+    floats totals[rows];
+    tile(matrix, inputs, part, row, rows, wide, totals);
+    for (int r = 0; r < rows; r++) {
+        float *place = outputs + (row + r) * matrix->rows + part * LANES;
+        if (matrix->bias) totals[r] += read_floats(matrix->bias + part * LANES);
+        if (added) totals[r] += read_floats(place);
+        write_floats(place, totals[r]);
+    }
+}
+
+/* A strip of panels for some rows, group by group; it lies in the nearest caches after the first. */
+static void strip(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t panel, int64_t stop, int64_t row,
+                  int64_t rows, const int wide, int added)
+{
+    #define TILES(size) \
+        for (; rows >= size; rows -= size, row += size) \
+            for (int64_t part = panel * PARTS; part < stop * PARTS; part++) \
+                store_tile(matrix, inputs, outputs, part, row, size, wide, added);
+    TILES(TILE_ROWS) TILES(TILE_ROWS / 2) TILES(TILE_ROWS / 4) TILES(1)
+    #undef TILES
 }
 
 /* A share of outputs = inputs @ matrix.T for several matrices with the same inputs; the team meets afterwards. */
@@ -122,8 +151,8 @@ static void multiply(Team *team, const Matrix *const *matrices, float *const *ou
         int64_t panel = piece % strips * STRIP, row = piece / strips * ROWS_AT_ONCE;
         int64_t stop = panel + STRIP < panels ? panel + STRIP : panels;
         int64_t some = rows - row < ROWS_AT_ONCE ? rows - row : ROWS_AT_ONCE;
-        if (matrix->bits == 8) strip_of_rows(matrix, inputs, outputs[which], panel, stop, row, some, 1, added);
-        else strip_of_rows(matrix, inputs, outputs[which], panel, stop, row, some, 0, added);
+        if (matrix->bits == 8) strip(matrix, inputs, outputs[which], panel, stop, row, some, 1, added);
+        else strip(matrix, inputs, outputs[which], panel, stop, row, some, 0, added);
     }
     meet(team);
 }

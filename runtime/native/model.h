@@ -23,8 +23,9 @@ typedef struct {
 } Stack;
 
 typedef struct {
-    float *keys;   /* [layers][batch][key_value_heads][capacity / lanes][head_dim][lanes] */
-    float *values; /* [layers][batch][key_value_heads][capacity][head_dim] */
+    void *keys;   /* [layers][batch][key_value_heads][capacity / lanes][head_dim][lanes], float or int8 */
+    void *values; /* [layers][batch][key_value_heads][capacity][head_dim], the same */
+    float *key_scales, *value_scales; /* [layers][batch][key_value_heads][capacity] of int8; NULL: float */
     int64_t batch, capacity;
 } Cache;
 
@@ -36,9 +37,9 @@ typedef struct {
     int64_t length, past;  /* new positions, and those in the cache */
 } Step;
 
-/* Inputs of a matrix in bytes: one scale per 32 of them. */
+/* Inputs of a matrix as 255 * coarse + fine, with one scale per 128 of them. */
 typedef struct {
-    int8_t *codes;  /* [rows][columns] */
-    float *scales;  /* [rows][columns / 32] */
-    int32_t *sums;  /* [rows][columns / 32], of the codes */
+    int8_t *codes; /* [groups of rows][columns / 4][rows of the group][4 coarse, 4 fine]: see matmul.h, group_of */
+    float *scales; /* [rows][columns / 128, rounded up] */
+    int32_t *sums; /* [rows][columns / 128, rounded up][4], of 32 inputs each before scaling */
 } Inputs;

@@ -17,8 +17,7 @@ static void prepare(Team *team, const float *rows, int64_t count, int64_t column
     for (int64_t row; (row = draw(team)) < count;) {
         const float *own = rows + row * columns;
         if (norm) rms_norm(own, norm, columns, eps, scratch), own = scratch;
-        int64_t blocks = columns / BLOCK;
-        quantize_row(own, columns, inputs->codes + row * columns, inputs->scales + row * blocks, inputs->sums + row * blocks);
+        quantize_row(own, row, count, columns, 0, columns, inputs);
     }
     meet(team);
 }
@@ -35,28 +34,54 @@ static void prepare_gated(Team *team, float *gate, const float *up, int64_t coun
             floats x = read_floats(own + i);
             write_floats(own + i, x / (1.0f + exponential(-x)) * read_floats(up + row * columns + from + i));
         }
-        int64_t block = (row * columns + from) / BLOCK;
-        quantize_row(own, size, inputs->codes + row * columns + from, inputs->scales + block, inputs->sums + block);
+        quantize_row(own, row, count, columns, from, size, inputs);
     }
     meet(team);
+}
+
+/* A key and a value [size] put into the cache of head `place`; keys lie LANES positions side by side. */
+static void keep(const Cache *cache, int64_t place, int64_t position, int64_t size, const float *key, const float *value)
+{
+    float *keys = (float *)cache->keys + (place * cache->capacity + position / LANES * LANES) * size + position % LANES;
+    for (int64_t i = 0; i < size; i++) keys[i * LANES] = key[i];
+    memcpy((float *)cache->values + (place * cache->capacity + position) * size, value, sizeof(float) * size);
+}
+
+static float scale_of(const float *row, int64_t size)
+{
+    float largest = 0;
+    for (int64_t i = 0; i < size; i++) largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
+    return largest / 127.0f;
+}
+
+/* The same, rounded to 8 bits with one scale for each. */
+static void keep_in_bytes(const Cache *cache, int64_t place, int64_t position, int64_t size, const float *key, const float *value)
+{
+    int8_t *keys = (int8_t *)cache->keys + (place * cache->capacity + position / LANES * LANES) * size + position % LANES;
+    int8_t *values = (int8_t *)cache->values + (place * cache->capacity + position) * size;
+    float key_scale = scale_of(key, size), value_scale = scale_of(value, size);
+    for (int64_t i = 0; i < size; i++) {
+        keys[i * LANES] = (int8_t)(key_scale > 0 ? lrintf(key[i] / key_scale) : 0);
+        values[i] = (int8_t)(value_scale > 0 ? lrintf(value[i] / value_scale) : 0);
+    }
+    cache->key_scales[place * cache->capacity + position] = key_scale;
+    cache->value_scales[place * cache->capacity + position] = value_scale;
 }
 
 /* Queries and keys turned, keys and values put into the cache; the team meets afterwards. */
 static void fill_cache(Team *team, const Stack *stack, const Layer *layer, const Cache *cache, const Step *step,
                               int64_t index, float *queries, float *keys, const float *values)
 {
-    int64_t heads = stack->key_value_heads, size = stack->head_dim, area = cache->capacity * size;
+    int64_t heads = stack->key_value_heads, size = stack->head_dim;
     for (int64_t row; (row = draw(team)) < cache->batch * step->length;) {
         const float *cosines = step->cosines + row * size, *sines = step->sines + row * size;
         int64_t position = step->past + row % step->length, sequence = row / step->length;
         rotate_heads(queries + row * stack->heads * size, stack->heads, size, layer->query_norm, stack->norm_eps, cosines, sines);
         rotate_heads(keys + row * heads * size, heads, size, layer->key_norm, stack->norm_eps, cosines, sines);
         for (int64_t head = 0; head < heads; head++) {
-            int64_t place = ((index * cache->batch + sequence) * heads + head) * area;
-            float *column = cache->keys + place + position / LANES * LANES * size + position % LANES;
-            const float *key = keys + (row * heads + head) * size;
-            for (int64_t i = 0; i < size; i++) column[i * LANES] = key[i];
-            memcpy(cache->values + place + position * size, values + (row * heads + head) * size, sizeof(float) * size);
+            int64_t place = (index * cache->batch + sequence) * heads + head, from = (row * heads + head) * size;
+            if (cache->key_scales) keep_in_bytes(cache, place, position, size, keys + from, values + from);
+            else keep(cache, place, position, size, keys + from, values + from);
         }
     }
     meet(team);
@@ -123,13 +148,13 @@ void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *s
     run.up = take(&scratch, size.gate);
     run.scores = take(&scratch, size.scores);
     run.row = take(&scratch, size.row);
-    run.inputs = take_inputs(&scratch, size.inputs);
+    run.inputs = take_inputs(&scratch, size.inputs, size.chunks);
     work(team, run_member, &run);
 }
 
 /* outputs [rows][matrix rows] of values [rows][columns]. */
 void RUN_PRODUCT(Team *team, const Matrix *matrix, const float *values, int64_t rows, float *outputs, float *scratch)
 {
-    Product of = {matrix, values, outputs, rows, take_inputs(&scratch, rows * matrix->columns)};
+    Product of = {matrix, values, outputs, rows, take_inputs(&scratch, rows * matrix->columns, rows * chunks_of(matrix->columns))};
     work(team, multiply_member, &of);
 }

@@ -18,7 +18,7 @@ struct Team {
     atomic_long next;
 };
 
-enum { SPINS = 20000 }; /* then the processor is offered to others: there may be fewer cores than threads */
+enum { SPINS = 2000 }; /* then the processor is offered to others: there may be fewer cores than threads */
 
 static inline void meet(Team *team)
 {

@@ -5,8 +5,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
 #define WITH_VNNI
 #define LANES 16
-#define TILE_PANELS 2
-#define TILE_ROWS 6
+#define TILE_ROWS 8
 #define RUN_STACK run_stack_vnni
 #define RUN_PRODUCT run_product_vnni
 

@@ -1,0 +1,65 @@
+"""Keys and values of the conversation answered last, so that its next turn reads only what is new."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from vlquant.decoder import Decoder, KeyValueCache, rope_depends_on_length
+from vlquant.runtime.native_decoder import NativeCache, NativeDecoder
+
+Cache = KeyValueCache | NativeCache
+
+
+@dataclass
+class OpenCache:
+    """A cache in use, and what is in it."""
+
+    cache: Cache
+    reused: int
+    """Positions that were known before."""
+    rows: list[Tensor] = field(default_factory=list)
+    """Embeddings [positions, hidden_size] of all positions in the cache, in pieces."""
+
+
+class ConversationCache:
+    """Remembers one conversation of one decoder.
+
+    Positions are the same when their embeddings are: ids, pictures and everything before them are in these.
+    """
+
+    def __init__(self, decoder: Decoder | NativeDecoder):
+        self._decoder = decoder
+        self._last: OpenCache | None = None
+
+    @contextmanager
+    def opened(self, embeddings: Tensor, capacity: int, bits: int, *, continued: bool) -> Iterator[OpenCache]:
+        """A cache of `bits` for `capacity` positions of a conversation that begins with `embeddings` [length, hidden_size].
+
+        continued: whether it may go on from the last one. Whoever runs the decoder adds the embeddings to `rows`.
+        """
+        last, self._last = self._last, None  # Nobody else may get it while it is in use.
+        cache, opened = self._decoder.new_cache(batch=1, capacity=capacity, bits=bits), None
+        if continued and last is not None and last.cache.bits == bits and not rope_depends_on_length(self._decoder.config, capacity):
+            # Keys of such a rope are turned by how long the conversation was when they came.
+            opened = _continued(last, embeddings, cache)
+        opened = opened or OpenCache(cache, 0)
+        try:
+            yield opened
+        finally:
+            self._last = opened
+
+
+def _continued(last: OpenCache, embeddings: Tensor, cache: Cache) -> OpenCache | None:
+    """A new cache with what the last one has in common with a conversation; None if that is nothing."""
+    known = torch.cat(last.rows)[: last.cache.length] if last.rows else embeddings[:0]
+    # The last position is read again in any case: its logits are wanted.
+    common = min(len(known), len(embeddings) - 1)
+    same = (known[:common] == embeddings[:common]).all(-1)
+    reused = common if bool(same.all()) else int(same.long().argmin())
+    if not reused:
+        return None
+    cache.copy_from(last.cache, reused)
+    return OpenCache(cache, reused, [known[:reused]])
