@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from vlquant import __version__, cli_comparison, cli_inspection
+from vlquant import __version__, cli_comparison, cli_inspection, cli_planning
 from vlquant.check_options import CheckOptions
 from vlquant.cli_options import (
     BUNDLE_DEFAULT,
@@ -244,6 +244,7 @@ def demo_command(
 
 
 app.add_typer(cli_comparison.app)
+app.add_typer(cli_planning.app)
 app.add_typer(cli_inspection.app)
 
 
