@@ -4,7 +4,7 @@ import math
 from dataclasses import replace
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as some
 
 from vlquant.config import parse_config
@@ -95,6 +95,7 @@ def test_layers_that_do_not_run_are_not_exported():
     assert vision_bytes(earlier, "fp32") < vision_bytes(config, "fp32")
 
 
+@settings(deadline=None)
 @given(
     name=some.sampled_from(sorted(MEMBERS)),
     form=some.sampled_from([HALF, *FORMS.values()]),

@@ -123,8 +123,9 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path, *, whole: bool = True) -> Checkpoint:
     """Read the headers of `model.safetensors`, or of all shards its index names.
 
-    whole: False if names and shapes are all that will be asked for, so that nothing but headers need be there. Raises BrokenCheckpoint for absent or truncated files, Git LFS pointers, and an index that
-    promises tensors its shards do not hold.
+    whole: False where names and shapes are all that will be asked for: then nothing but the headers need be there.
+    Raises BrokenCheckpoint for absent or truncated files, Git LFS pointers, and an index that promises tensors its
+    shards do not hold.
     """
     folder = Path(folder)
     if (folder / SINGLE_FILE).exists():
@@ -156,7 +157,7 @@ def _read_shards(folder: Path, *, whole: bool) -> dict[str, StoredTensor]:
 
 
 def read_header(path: Path, *, whole: bool = True) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises BrokenCheckpoint if the file, or without `whole` its header, cannot be whole."""
+    """The tensors of one safetensors file. Raises BrokenCheckpoint if it cannot be whole; without `whole`, its header."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(len(LFS_MAGIC))

@@ -89,7 +89,7 @@ def vlquant(
     """Run InternVL in 4 or 8 bits, and know what it cost.
 
     quantize, export-vision, check, chat: in this order, each leaving its files in the same bundle.
-    Exit codes: 0 done or passed, 2 a request that cannot be carried out, 3 check failed, 4 check inconclusive.
+    Exit codes: 0 done or passed, 2 a request that cannot be carried out, 3 check failed or nothing fits, 4 check inconclusive.
     """
 
 

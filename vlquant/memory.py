@@ -61,8 +61,12 @@ class Place:
     """How many are expanded at a time; None: a whole linear."""
     expands_head: bool
     """Whether the head is multiplied with in this way too."""
+    keeps_freed: bool
+    """Whether what the attention has freed stays with the process while the MLP gets new memory."""
     libraries: int
-    """Bytes that Python, torch and ONNX Runtime, or a CUDA context and its libraries, take before any weight is loaded."""
+    """Bytes that Python, torch and ONNX Runtime, or a CUDA context and its libraries, take with nothing loaded."""
+    loading: int
+    """Bytes that loading frees without the process giving them back: what is computed with later takes these first."""
     embedding: Form | None = None
     """None: in the precision of the checkpoint."""
     head: Form | None = None
@@ -70,16 +74,16 @@ class Place:
 
 
 PLACES = {
-    # Measured; tests/test_memory_measured.py says how. ONNX Runtime has no float16 matmul on a CPU.
+    # Measured with InternVL2_5-1B (tests/RESULTS.md). ONNX Runtime has no float16 matmul on a CPU.
     "cpu": Place(
         visions=("fp32", "int8"), cache_value=4, activation_value=4, expanded_value=4, expanded_weights=16 * 2**20,
-        expands_head=True, libraries=450_000_000,
+        expands_head=True, keeps_freed=True, libraries=270_000_000, loading=130_000_000,
     ),
     # On paper, nothing of it measured: 0.8 GB is what context, cuBLAS, cuDNN and ONNX Runtime's arena are expected to take.
     # ONNX Runtime has no dynamic quantization on CUDA: an int8 tower would run on the CPU.
     "cuda": Place(
         visions=("fp32", "fp16"), cache_value=2, activation_value=2, expanded_value=2, expanded_weights=None,
-        expands_head=False, libraries=800_000_000,
+        expands_head=False, keeps_freed=False, libraries=800_000_000, loading=0,
     ),
 }  # fmt: skip
 
@@ -181,17 +185,19 @@ def work_bytes(config: ModelConfig, place: Place, *, context: int, tiles: int) -
     expanded = min(expanded, place.expanded_weights or expanded)
     pixels = PIXEL_COPIES * 4 * tiles * 3 * config.vision.image_size**2
     features = FEATURE_COPIES * 4 * tiles * config.chat.tokens_per_tile * decoder.hidden_size
-    prefill = features + context * prompt_values(decoder) * place.activation_value
-    return place.expanded_value * expanded + tower_bytes(config.vision, place) + max(pixels, prefill)
+    prefill = features + context * prompt_values(decoder, place) * place.activation_value
+    return place.expanded_value * expanded + tower_bytes(config.vision, place) + max(pixels, prefill, place.loading)
 
 
-def prompt_values(config: DecoderConfig) -> int:
-    """Numbers that exist at once for each token of a prompt, in the attention or in the MLP of a layer.
+def prompt_values(config: DecoderConfig, place: Place) -> int:
+    """Numbers that exist at once for each token of a prompt while it runs through a layer.
 
-    Four hidden states (what came in, two sums, the normed one), and beside them gate and up, or queries while they are rotated.
+    Four hidden states (what came in, two sums, the normed one), and beside them the attention's (queries, what rotates
+    them, keys and values repeated for every query head), the MLP's (gate and up), or both.
     """
     queries, narrow = config.heads * config.head_dim, config.key_value_heads * config.head_dim
-    return 4 * config.hidden_size + max(2 * config.intermediate_size, 5 * queries + 2 * narrow)
+    parts = 7 * queries + 2 * narrow, 2 * config.intermediate_size
+    return 4 * config.hidden_size + (sum(parts) if place.keeps_freed else max(parts))
 
 
 def tower_bytes(config: VisionConfig, place: Place) -> int:

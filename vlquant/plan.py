@@ -12,7 +12,7 @@ from vlquant.config import ModelConfig, parse_config
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, VlquantError
 from vlquant.events import Event, Report, silent
 from vlquant.hub_headers import fetch_headers
-from vlquant.layout import EMBEDDING, layer_shapes, language_shapes
+from vlquant.layout import EMBEDDING, HEAD, layer_shapes, language_shapes
 from vlquant.members import KNOWN_MODELS, MEMBERS, member_config
 from vlquant.memory import (
     FORMS,
@@ -106,13 +106,15 @@ def plan(
     if device not in PLACES:
         raise InvalidRequest(f"device {device!r} is unknown; use {' or '.join(PLACES)}")
     weights, own, remarks = weights_of(model, report)
-    config, place = weights.config, PLACES[device]
+    config, place, path = weights.config, PLACES[device], Path(model).expanduser()
     limit = memory or (GPU_BYTES if device == "cuda" else available_memory())
     context, tiles = asked_size(config, context, tiles)
     methods = {own: weights} if own else dict(methods_of(weights))
-    remarks += tuple(f"{name} cannot hold this model: its linears are no multiples of the groups" for name in FORMS if not own and name not in methods)
+    impossible = [] if own else [name for name in FORMS if name not in methods]
+    groups = f"in groups of {Recipe.group_size} is not possible: widths of this model's linears are no multiples of that"
+    remarks += tuple(f"{name} {groups}" for name in impossible)
     return Plan(
-        model=Path(model).name if Path(model).is_dir() else str(model),
+        model=path.resolve().name if path.is_dir() else str(model),
         device=device,
         limit=limit,
         context=context,
@@ -161,7 +163,7 @@ def stored_weights(folder: Path) -> tuple[Weights, str | None]:
     model = open_model(folder, whole=False)
     names = list(linear_names(language_shapes(model.config.decoder)))
     linears = {name: quantized_form(model, name) if is_quantized(model, name) else float_form(model, name) for name in names}
-    head = EMBEDDING if model.config.decoder.tied_head else "lm_head.weight"
+    head = EMBEDDING if model.config.decoder.tied_head else HEAD
     weights = Weights(model.config, linears, embedding=float_form(model, EMBEDDING), head=float_form(model, head))
     if (folder / MANIFEST).is_file():
         return weights, Recipe.from_dict(read_manifest(folder).recipe).label

@@ -5,6 +5,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlquant.check_words import visible
+from vlquant.memory import TEXT_TOKENS
 from vlquant.plan import Choice, Plan
 
 COLUMNS = ("linears", "embed", "head", "tower", "cache", "work", "base", "total")
@@ -27,9 +28,18 @@ def print_plan(found: Plan, console: Console) -> None:
     for text in (*found.remarks, *needs(found)):
         say(console, text)
     if not found.fits:
-        reach = max((choice.largest_context or 0 for choice in found.choices), default=0)
-        way_out = f"a --context of at most {reach:,} would" if reach else "a smaller model might"
-        say(console, f"nothing fits; {way_out}", style="bold red")
+        say(console, f"nothing fits; {way_out(found)}", style="bold red")
+
+
+def way_out(found: Plan) -> str:
+    """What would fit instead, as options."""
+    reach = max(choice.largest_context or 0 for choice in found.choices)
+    if reach:
+        return f"a --context of {reach} would"
+    tiles = max(-1 if choice.most_tiles is None else choice.most_tiles for choice in found.choices)
+    if tiles >= 0:
+        return f"--tiles {tiles} --context {TEXT_TOKENS + tiles * found.tokens_per_tile} would"
+    return "more memory or a smaller model would"
 
 
 def choices_table(found: Plan) -> Table:
