@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"vlquant": "vlquant", "export": "vlquant.export", "runtime": "vlquant.runtime", "calib_data": "vlquant.calib_data"}
 
-COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_comparison", "vlquant.cli_inspection", "vlquant.progress", "vlquant.__main__"}
+COMMAND_LINE = {"vlquant.cli", "vlquant.cli_options", "vlquant.cli_comparison", "vlquant.cli_inspection", "vlquant.cli_planning", "vlquant.progress", "vlquant.__main__"}
 VERBS = {
     "vlquant.quantize",
     "vlquant.rehearsal",
@@ -36,6 +36,8 @@ VERBS = {
     "vlquant.controls",
     "vlquant.demo",
     "vlquant.inspect",
+    "vlquant.plan",
+    "vlquant.plan_table",
     "vlquant.show_prompt",
     "vlquant.synthesize",
     "vlquant.tiles",

@@ -120,24 +120,25 @@ class Checkpoint:
         return self._tensors[name]
 
 
-def open_checkpoint(folder: str | Path) -> Checkpoint:
+def open_checkpoint(folder: str | Path, *, whole: bool = True) -> Checkpoint:
     """Read the headers of `model.safetensors`, or of all shards its index names.
 
-    Raises BrokenCheckpoint for absent or truncated files, Git LFS pointers, and an index that
-    promises tensors its shards do not hold.
+    whole: False where names and shapes are all that will be asked for: then nothing but the headers need be there.
+    Raises BrokenCheckpoint for absent or truncated files, Git LFS pointers, and an index that promises tensors its
+    shards do not hold.
     """
     folder = Path(folder)
     if (folder / SINGLE_FILE).exists():
-        return Checkpoint(folder, read_header(folder / SINGLE_FILE))
+        return Checkpoint(folder, read_header(folder / SINGLE_FILE, whole=whole))
     if (folder / INDEX_FILE).exists():
-        return Checkpoint(folder, _read_shards(folder))
+        return Checkpoint(folder, _read_shards(folder, whole=whole))
     if not folder.is_dir():
         raise BrokenCheckpoint(f"{folder} is not a folder; give the folder that holds config.json and the weights")
     found = "only pickled weights, which are never loaded" if list(folder.glob("*.bin")) else "no weights"
     raise BrokenCheckpoint(f"{folder} has {found}; it needs {SINGLE_FILE}, or shards with {INDEX_FILE}")
 
 
-def _read_shards(folder: Path) -> dict[str, StoredTensor]:
+def _read_shards(folder: Path, *, whole: bool) -> dict[str, StoredTensor]:
     index = read_json(folder / INDEX_FILE)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(shard, str) for shard in weight_map.values()):
@@ -146,7 +147,7 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     absent = [shard for shard in shards if not (folder / Path(shard).name).exists()]
     if absent:
         raise BrokenCheckpoint(f"{folder} lacks {_some(absent)}, named in {INDEX_FILE}; download the missing shards")
-    headers = {shard: read_header(folder / Path(shard).name) for shard in shards}
+    headers = {shard: read_header(folder / Path(shard).name, whole=whole) for shard in shards}
     lost = [name for name, shard in weight_map.items() if name not in headers[shard]]
     if lost:
         raise BrokenCheckpoint(
@@ -155,8 +156,8 @@ def _read_shards(folder: Path) -> dict[str, StoredTensor]:
     return {name: headers[shard][name] for name, shard in weight_map.items()}
 
 
-def read_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors of one safetensors file. Raises BrokenCheckpoint if the file cannot be whole."""
+def read_header(path: Path, *, whole: bool = True) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file. Raises BrokenCheckpoint if it cannot be whole; without `whole`, its header."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         start = file.read(len(LFS_MAGIC))
@@ -174,9 +175,9 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise BrokenCheckpoint(f"{path} has no readable safetensors header ({error}); download it again") from None
     end = max((stored.offset + stored.nbytes for stored in tensors.values()), default=8 + length)
-    if end > size:
+    if end > size and whole:
         raise _truncated(path)
-    if end < size:
+    if end < size and whole:
         raise BrokenCheckpoint(f"{path} is {size - end} bytes longer than its header says; download it again")
     return tensors
 

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from typer.core import TyperGroup
 
-from vlquant import __version__, cli_comparison, cli_inspection
+from vlquant import __version__, cli_comparison, cli_inspection, cli_planning
 from vlquant.check_options import CheckOptions
 from vlquant.cli_options import (
     BUNDLE_DEFAULT,
@@ -89,7 +89,7 @@ def vlquant(
     """Run InternVL in 4 or 8 bits, and know what it cost.
 
     quantize, export-vision, check, chat: in this order, each leaving its files in the same bundle.
-    Exit codes: 0 done or passed, 2 a request that cannot be carried out, 3 check failed, 4 check inconclusive.
+    Exit codes: 0 done or passed, 2 a request that cannot be carried out, 3 check failed or nothing fits, 4 check inconclusive.
     """
 
 
@@ -246,6 +246,7 @@ def demo_command(
 
 
 app.add_typer(cli_comparison.app)
+app.add_typer(cli_planning.app)
 app.add_typer(cli_inspection.app)
 
 

@@ -161,14 +161,14 @@ def fit_positions(positions: Tensor, length: int) -> Tensor:
     return torch.cat((positions[:, :1], patches), dim=1)
 
 
-def open_model(folder: str | Path) -> Model:
-    """Open the checkpoint or bundle in `folder` and check that it is complete.
+def open_model(folder: str | Path, *, whole: bool = True) -> Model:
+    """Open the checkpoint or bundle in `folder` and check that it is complete; without `whole`, as far as headers tell.
 
     Raises BrokenCheckpoint naming the tensors that are missing or have the wrong shape,
     UnsupportedCheckpoint for models this version cannot run.
     """
     config = read_config(folder)
-    model = Model(Path(folder), config, merge_adapters(open_checkpoint(folder), config.source))
+    model = Model(Path(folder), config, merge_adapters(open_checkpoint(folder, whole=whole), config.source))
     model.gptq_version = gptq_version(quantization_settings(Path(folder)), folder)
     missing = [name for name in tensor_shapes(config) if not model.has(name) and not is_quantized(model, name)]
     if missing:

@@ -1,0 +1,111 @@
+"""The arithmetic of memory: against the table worked out by hand for eleven gigabytes, and properties that hold for every model."""
+
+import math
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as some
+
+from vlquant.config import parse_config
+from vlquant.layout import language_shapes, tensor_shapes
+from vlquant.members import MEMBERS, member_config
+from vlquant.memory import FORMS, HALF, PLACES, SINGLE, TEXT_TOKENS, Form, Weights, linear_names, model_memory, vision_bytes
+
+BY_HAND = {
+    "InternVL2_5-1B": (0.19, 0.27, 0.27, 0.62, 0.10, 2.6),
+    "InternVL2_5-2B": (0.78, 0.38, 0.38, 0.63, 0.81, 4.2),
+    "InternVL2_5-4B": (1.44, 0.62, 0.62, 0.63, 0.30, 4.8),
+    "InternVL2_5-8B": (3.63, 0.76, 0.76, 0.68, 1.07, 8.3),
+    "InternVL2_5-26B": (9.73, 1.14, 1.14, 11.3, 1.61, None),
+    "Mini-InternVL-Chat-4B-V1-5": (1.88, 0.20, 0.20, 0.65, 3.22, 7.5),
+}
+"""GB of linears in 4 bits, embedding, head, tower in fp16, 8K of keys and values in fp16, and all: independent of this code."""
+
+
+def config_of(name):
+    return parse_config(member_config(MEMBERS[name]), name)
+
+
+def held(name, form=HALF):
+    config = config_of(name)
+    return Weights(config, dict.fromkeys(linear_names(language_shapes(config.decoder)), form))
+
+
+def memory_of(name, form, *, device="cuda", vision="fp16", context=8192, tiles=13):
+    return model_memory(held(name, form), PLACES[device], vision=vision, context=context, tiles=tiles)
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+def test_four_bits_in_eleven_gigabytes_as_worked_out_by_hand(name):
+    memory = memory_of(name, FORMS["GPTQ-4"])
+    *parts, total = BY_HAND[name]
+    # The table is rounded to 0.01 GB, a twentieth of its smallest entries.
+    found = (memory.linears, memory.embedding, memory.head, memory.vision, memory.cache)
+    assert [each / 1e9 for each in found] == [pytest.approx(each, rel=0.1) for each in parts]
+    if total is not None:
+        assert memory.total / 1e9 == pytest.approx(total, rel=0.1) and memory.total < 11e9
+    else:
+        assert memory.total > 24.9e9
+
+
+def test_other_formats_of_8b_as_worked_out_by_hand():
+    linears = {method: memory_of("InternVL2_5-8B", FORMS[method]).linears / 1e9 for method in FORMS}
+    assert linears["NF4"] == pytest.approx(3.93, rel=0.01) and linears["int8"] == pytest.approx(6.98, rel=0.01)
+    assert memory_of("InternVL2_5-8B", HALF).linears / 1e9 == pytest.approx(14, rel=0.01)
+    assert memory_of("InternVL2_5-8B", FORMS["int8"]).total > 11e9
+    assert memory_of("InternVL2_5-8B", FORMS["GPTQ-4"], vision="fp32").total / 1e9 == pytest.approx(9.0, rel=0.1)
+
+
+def test_26b_fits_in_no_form():
+    smallest = [memory_of("InternVL2_5-26B", form, vision=vision, context=TEXT_TOKENS, tiles=0) for form in FORMS.values() for vision in ("fp16", "int8")]
+    assert min(each.total for each in smallest) > 11e9
+
+
+def test_a_matrix_takes_its_codes_and_its_scales():
+    assert FORMS["GPTQ-4"].matrix_bytes(256, 384) == 256 * 384 // 2 + 256 * 3 * 2
+    assert FORMS["int8"].matrix_bytes(256, 384) == 256 * 384 + 256 * 4
+    assert Form(4, 128, 2).matrix_bytes(1, 130) == 65 + 2 * 2
+    assert (HALF.matrix_bytes(3, 5), SINGLE.matrix_bytes(3, 5)) == (30, 60)
+
+
+@pytest.mark.parametrize("name", ["InternVL2_5-1B", "InternVL2-40B", "InternVL2-4B"])
+def test_in_float_every_parameter_is_counted_once(name):
+    """Embedding, head and linears in float32, the tower in float32: four bytes for each parameter there is."""
+    weights = replace(held(name, SINGLE), embedding=SINGLE, head=SINGLE)
+    memory = model_memory(weights, PLACES["cpu"], vision="fp32", context=TEXT_TOKENS, tiles=0)
+    parameters = sum(map(math.prod, tensor_shapes(weights.config).values()))
+    assert memory.linears + memory.embedding + memory.head + memory.vision == 4 * parameters
+
+
+def test_a_tied_head_is_held_once():
+    tied, apart = memory_of("InternVL3_5-4B", HALF), memory_of("InternVL3_5-8B", HALF)
+    assert tied.head == 0 and apart.head == apart.embedding > 0
+
+
+def test_precisions_of_the_tower_are_in_order():
+    config = config_of("InternVL2_5-1B")
+    single, half, int8 = (vision_bytes(config, precision) for precision in ("fp32", "fp16", "int8"))
+    assert single == 2 * half and half > int8 > single / 4
+
+
+def test_layers_that_do_not_run_are_not_exported():
+    config = config_of("InternVL2_5-1B")
+    earlier = replace(config, vision=replace(config.vision, select_layer=-4))
+    assert vision_bytes(earlier, "fp32") < vision_bytes(config, "fp32")
+
+
+@settings(deadline=None)
+@given(
+    name=some.sampled_from(sorted(MEMBERS)),
+    form=some.sampled_from([HALF, *FORMS.values()]),
+    device=some.sampled_from(sorted(PLACES)),
+    tiles=some.integers(0, 40),
+    text=some.integers(0, 9000),
+    more=some.integers(1, 3000),
+)
+def test_more_context_or_tiles_never_take_less(name, form, device, tiles, text, more):
+    context = tiles * 256 + text
+    at = [(context, tiles), (context + more, tiles), (context + more, tiles + 1)]
+    totals = [memory_of(name, form, device=device, vision="fp32", context=context, tiles=tiles).total for context, tiles in at]
+    assert totals == sorted(totals) and totals[0] < totals[1]

@@ -1,0 +1,83 @@
+"""A plan on a terminal of eighty columns."""
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from vlquant.check_words import visible
+from vlquant.memory import TEXT_TOKENS
+from vlquant.plan import Choice, Plan
+
+COLUMNS = ("linears", "embed", "head", "tower", "cache", "work", "base", "total")
+"""The parts of a Memory in its own order, and their sum: GB."""
+LEGEND = (
+    "GB of 10^9 bytes. tower: vision and projector; cache: keys and values; work: activations and scratch; base: {base}. "
+    "context: most tokens with {tiles} tiles; tiles: most, each {tokens_per_tile} tokens, in a context just large enough."
+)
+BASES = {
+    "cpu": "Python and libraries with nothing loaded",
+    "cuda": "CUDA context and libraries, an estimate: nothing of this table was measured on a GPU",
+}
+
+
+def print_plan(found: Plan, console: Console) -> None:
+    """Print what was asked, a row for each choice, what the columns mean and what the numbers rest on."""
+    say(console, f"{found.model} on {found.device} in {found.limit / 1e9:.2f} GB: {found.context:,} tokens of context, {found.tiles} tiles in it")
+    console.print(choices_table(found))
+    say(console, LEGEND.format(base=BASES[found.device], tiles=found.tiles, tokens_per_tile=found.tokens_per_tile), style="dim")
+    for text in (*found.remarks, *needs(found)):
+        say(console, text)
+    if not found.fits:
+        say(console, f"nothing fits; {way_out(found)}", style="bold red")
+
+
+def way_out(found: Plan) -> str:
+    """What would fit instead, as options."""
+    reach = max(choice.largest_context or 0 for choice in found.choices)
+    if reach:
+        return f"a --context of {reach} would"
+    tiles = max(-1 if choice.most_tiles is None else choice.most_tiles for choice in found.choices)
+    if tiles >= 0:
+        return f"--tiles {tiles} --context {TEXT_TOKENS + tiles * found.tokens_per_tile} would"
+    return "more memory or a smaller model would"
+
+
+def choices_table(found: Plan) -> Table:
+    """One row for each way to run the model."""
+    table = Table("method", box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
+    table.add_column("ViT", no_wrap=True)
+    for heading in (*COLUMNS, "fits", "context", "tiles"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    for choice in found.choices:
+        memory = choice.memory
+        parts = (memory.linears, memory.embedding, memory.head, memory.vision, memory.cache, memory.work, memory.libraries)
+        reach = ("-" if each is None else f"{each}" for each in (choice.largest_context, choice.most_tiles))
+        numbers = (gigabytes(each) for each in (*parts, choice.total))
+        table.add_row(escape(choice.method), choice.vision, *numbers, verdict(choice), *reach)
+    return table
+
+
+def verdict(choice: Choice) -> str:
+    """Whether a choice fits, in colour; if on newer GPUs only, on which."""
+    if not choice.fits:
+        return "[red]no[/]"
+    return f"[yellow]{choice.compute_capability}+[/]" if choice.compute_capability else "[green]yes[/]"
+
+
+def gigabytes(count: int) -> str:
+    """Bytes as GB in at most five characters."""
+    return f"{count / 1e9:.2f}" if count < 99.995e9 else f"{count / 1e9:.1f}"
+
+
+def needs(found: Plan) -> list[str]:
+    """What some methods ask of the GPU."""
+    limits = {choice.method: choice.compute_capability for choice in found.choices if choice.compute_capability}
+    return [
+        f"{method}: bitsandbytes needs compute capability {least} for it, and a GTX 1080 Ti has 6.1; GPTQ with 8 bits needs none"
+        for method, least in limits.items()
+    ]
+
+
+def say(console: Console, text: str, style: str | None = None) -> None:
+    """A paragraph whose brackets are brackets."""
+    console.print(escape(visible(text)), highlight=False, style=style)
