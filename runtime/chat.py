@@ -31,8 +31,8 @@ def chat(
 ) -> Answer | None:
     """Answer `question` on standard output token by token; if its text is empty, converse until the input ends.
 
-    model: bundle or checkpoint, None: the bundle here; vision: "onnx", "fp32", "fp16", "int8" or "torch", None: ONNX where
-    it was exported or the model is a bundle; report: takes remarks, which never go to standard output; loading: max_tiles, prompt and tokenizer,
+    model: bundle or checkpoint, None: the bundle here; vision: as `load` takes it, None: ONNX where it was exported or
+    the model is a bundle; report: takes remarks, which never go to standard output; loading: max_tiles, prompt and tokenizer,
     as `load` takes them. Returns the answer to a question, None after a conversation. Raises VlquantError.
     """
     report = report or (lambda line: print(line, file=sys.stderr))
