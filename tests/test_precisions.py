@@ -74,7 +74,7 @@ def test_equal_input_gives_equal_bytes(precision, exported, tmp_path):
 
 def test_narrow_towers_are_small(exported):
     sizes = {name: (exported("300M", name) / DATA_FILE).stat().st_size for name in ("fp32", "fp16", "int8")}
-    assert sizes["fp16"] < 0.65 * sizes["fp32"] and sizes["int8"] < 0.4 * sizes["fp32"]
+    assert sizes["fp16"] < 0.65 * sizes["fp32"] and sizes["int8"] < 0.5 * sizes["fp32"]
 
 
 def test_norms_and_the_residual_stream_stay_float32(exported):
