@@ -91,7 +91,7 @@ def test_every_constant_matrix_but_the_first_is_int8(exported):
     graph = onnx.load(exported("6B", "int8") / "model.onnx", load_external_data=False).graph
     kinds = [node.op_type for node in graph.node]
     assert kinds.count("MatMulIntegerToFloat") == 4 * 6 + 2 and kinds.count("MatMul") == 1
-    # Queries, keys and values share one; so do both norms' outputs with nothing.
+    # Queries, keys and values share theirs.
     assert kinds.count("QuantizeLinear") == 4 * 4 + 2
 
 
