@@ -2,107 +2,40 @@
 
 Each piece is a function `piece(graph, input, weights, ...) -> output name`. Knows tensor names and
 shapes; knows no checkpoints, folders or sessions. `vlquant.vision` is the same network in torch.
+Residual stream, norms and patch embedding are float32; what the branches between them compute in, the graph says
+(`vlquant.export.precisions`).
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import BinaryIO
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from vlquant.export.nodes import CONTRIB, Graph, reshape
 from vlquant.vision import PROJECTOR_NORM_EPS, VisionConfig
 
 Weights = Mapping[str, Tensor]
 
 OPSET = 20  # the first with a native Gelu, which ONNX Runtime fuses with the bias before it
 IR_VERSION = 10  # the newest that ONNX Runtime 1.23.2, the last for Pascal, is sure to read
-CONTRIB = "com.microsoft"
-GRAPH_FILE = "model.onnx"
-DATA_FILE = "model.data"
 INPUT, OUTPUT = "pixel_values", "features"
 HIDDEN = "hidden_state_"
 """What the names of hidden states start with: 0 is the embedding."""
-
-# A memory map starts at a page (Windows: at 64 KiB); tensors too small to be worth mapping stay close together.
-LARGE_TENSOR_BYTES = 1 << 20
-LARGE_ALIGNMENT, SMALL_ALIGNMENT = 1 << 16, 64
-
-
-class WeightFile:
-    """Tensors one after the other in an open file; none of them stays in memory."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self.size = 0
-        """Bytes written so far."""
-        self._file = file
-
-    def append(self, array: np.ndarray) -> tuple[int, int]:
-        """Write one array, aligned for mapping; returns its offset and length in bytes."""
-        alignment = LARGE_ALIGNMENT if array.nbytes >= LARGE_TENSOR_BYTES else SMALL_ALIGNMENT
-        self._write(bytes(-self.size % alignment))
-        offset = self.size
-        self._write(memoryview(array.reshape(-1)).cast("B"))
-        return offset, array.nbytes
-
-    def _write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self.size += len(data)
-
-
-class Graph:
-    """A graph being built: its nodes, and where in the weight file each initializer lies."""
-
-    def __init__(self, weight_file: WeightFile) -> None:
-        self.nodes: list[onnx.NodeProto] = []
-        self.initializers: dict[str, onnx.TensorProto] = {}
-        self._weight_file = weight_file
-
-    def node(self, operator: str, inputs: Sequence[str], *, domain: str = "", **attributes) -> str:
-        """Append a node with one output and return that output's name."""
-        output = f"{operator}_{len(self.nodes)}"
-        self.nodes.append(helper.make_node(operator, inputs, [output], name=output, domain=domain, **attributes))
-        return output
-
-    def rename_last(self, name: str) -> str:
-        """Give the output of the newest node another name, and return it."""
-        self.nodes[-1].output[0] = name
-        return name
-
-    def weight(self, name: str, tensor: Tensor) -> str:
-        """Write a tensor to the weight file as float32 and return its name in the graph."""
-        array = np.ascontiguousarray(tensor.float().numpy(), dtype="<f4")
-        offset, length = self._weight_file.append(array)
-        proto = TensorProto(name=name, data_type=TensorProto.FLOAT, dims=array.shape)
-        proto.data_location = TensorProto.EXTERNAL
-        for key, value in (("location", DATA_FILE), ("offset", offset), ("length", length)):
-            proto.external_data.add(key=key, value=str(value))
-        self.initializers[name] = proto
-        return name
-
-    def integers(self, *values: int) -> str:
-        """The name of a constant int64 vector kept inside the graph."""
-        return self._constant("integers_" + "_".join(map(str, values)), np.array(values, dtype=np.int64))
-
-    def number(self, value: float) -> str:
-        """The name of a constant float32 scalar kept inside the graph."""
-        return self._constant(f"number_{value!r}", np.array(value, dtype=np.float32))
-
-    def _constant(self, name: str, array: np.ndarray) -> str:
-        self.initializers.setdefault(name, onnx.numpy_helper.from_array(array, name))
-        return name
+LEAST_GELU = -0.17
+"""GELU is nowhere below."""
 
 
 def vision_model(
-    weights: Weights, config: VisionConfig, *, weight_file: WeightFile, written: Callable[[int], None] = lambda layer: None
+    weights: Weights, config: VisionConfig, *, graph: Graph, written: Callable[[int], None] = lambda layer: None
 ) -> onnx.ModelProto:
-    """The whole network, pixel_values [tiles, 3, side, side] to features [tiles, tokens, language hidden].
+    """The whole network, pixel_values [tiles, 3, side, side] to features [tiles, tokens, language hidden], both float32.
 
-    weights: canonical names without "model."; each is asked for once, in graph order, and let go.
+    weights: canonical names without "model."; each is asked for once, in graph order, and let go. graph: empty.
     written: told how many layers are in the weight file.
     """
-    graph = Graph(weight_file)
     embed_patches(graph, INPUT, weights, config)
     hidden = graph.rename_last(f"{HIDDEN}0")
     for index in range(config.layers_to_run):
@@ -172,21 +105,23 @@ def encoder_layer(graph: Graph, hidden: str, weights: Weights, config: VisionCon
     branch = attention(graph, branch, weights, config, prefix=prefix + "attention.")
     hidden = add_scaled(graph, hidden, branch, weights, name=prefix + "lambda_1")
     branch = normalise(graph, hidden, weights, config, name=prefix + "layernorm_after")
-    branch = mlp(graph, branch, weights, names=(prefix + "mlp.fc1", prefix + "mlp.fc2"))
+    branch = mlp(graph, branch, weights, prefix=prefix + "mlp.", names=("fc1", "fc2"))
     return add_scaled(graph, hidden, branch, weights, name=prefix + "lambda_2")
 
 
 def attention(graph: Graph, x: str, weights: Weights, config: VisionConfig, *, prefix: str) -> str:
     """Full self-attention over the tokens of each tile, [tiles, tokens, hidden_size]."""
+    narrow, widen = partial(graph.narrow, branch=prefix), partial(graph.widen, branch=prefix)
+    x = narrow(x)
     queries, keys, values = (linear(graph, x, weights, prefix + name) for name in ("q_proj", "k_proj", "v_proj"))
     if config.query_key_norm:
-        queries = rms_norm(graph, queries, weights, name=prefix + "q_norm", eps=config.norm_eps)
-        keys = rms_norm(graph, keys, weights, name=prefix + "k_norm", eps=config.norm_eps)
+        queries = narrow(rms_norm(graph, widen(queries), weights, name=prefix + "q_norm", eps=config.norm_eps))
+        keys = narrow(rms_norm(graph, widen(keys), weights, name=prefix + "k_norm", eps=config.norm_eps))
     # No exporter and no ONNX Runtime pass arrives at this fused node by itself; unfused, the scores of
     # one tile of InternViT-300M are 67 MB.
     inputs = [queries, keys, values]
     mixed = graph.node("MultiHeadAttention", inputs, domain=CONTRIB, num_heads=config.heads)
-    return linear(graph, mixed, weights, prefix + "projection_layer")
+    return widen(linear(graph, mixed, weights, prefix + "projection_layer"))
 
 
 def drop_class_token(graph: Graph, hidden: str) -> str:
@@ -211,20 +146,24 @@ def project(graph: Graph, tokens: str, weights: Weights) -> str:
     """The MLP between tower and language model: norm, linear, GELU, linear."""
     prefix = "multi_modal_projector."
     normed = layer_norm(graph, tokens, weights, name=prefix + "layer_norm", eps=PROJECTOR_NORM_EPS)
-    return mlp(graph, normed, weights, names=(prefix + "linear_1", prefix + "linear_2"))
+    return mlp(graph, normed, weights, prefix=prefix, names=("linear_1", "linear_2"))
 
 
-def mlp(graph: Graph, x: str, weights: Weights, *, names: tuple[str, str]) -> str:
+def mlp(graph: Graph, x: str, weights: Weights, *, prefix: str, names: tuple[str, str]) -> str:
     """Linear, exact GELU (erf), linear over the last axis."""
-    inner = graph.node("Gelu", [linear(graph, x, weights, names[0])], approximate="none")
-    return linear(graph, inner, weights, names[1])
+    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0])
+    inner = graph.node("Gelu", [inner], approximate="none")
+    return graph.widen(linear(graph, inner, weights, prefix + names[1], least=LEAST_GELU), branch=prefix)
 
 
-def linear(graph: Graph, x: str, weights: Weights, name: str) -> str:
-    """x @ weight.T + bias over the last axis; the bias only where the checkpoint has one."""
-    product = graph.node("MatMul", [x, graph.weight(name + ".weight", weights[name + ".weight"].T)])
+def linear(graph: Graph, x: str, weights: Weights, name: str, *, least: float | None = None) -> str:
+    """x @ weight.T + bias over the last axis; the bias only where the checkpoint has one.
+
+    least: what no x is below, where that is known.
+    """
+    product = graph.product(x, name + ".weight", weights[name + ".weight"].T, least=least)
     bias = weights.get(name + ".bias")
-    return product if bias is None else graph.node("Add", [product, graph.weight(name + ".bias", bias)])
+    return product if bias is None else graph.node("Add", [product, graph.bias(name + ".bias", bias)])
 
 
 def add_scaled(graph: Graph, hidden: str, branch: str, weights: Weights, *, name: str) -> str:
@@ -254,8 +193,3 @@ def rms_norm(graph: Graph, x: str, weights: Weights, *, name: str, eps: float) -
     root = graph.node("Sqrt", [graph.node("Add", [mean, graph.number(eps)])])
     scaled = graph.node("Div", [x, root])
     return graph.node("Mul", [scaled, graph.weight(name + ".weight", weights[name + ".weight"])])
-
-
-def reshape(graph: Graph, x: str, *shape: int) -> str:
-    """Reshape; a 0 keeps the size of that axis."""
-    return graph.node("Reshape", [x, graph.integers(*shape)])

@@ -3,9 +3,8 @@
 Knows a graph file and the tensors it was made from; decides nothing about folders.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import onnx
@@ -16,17 +15,36 @@ from vlquant.calib_data.samples import samples
 from vlquant.config import ModelConfig
 from vlquant.errors import VlquantError
 from vlquant.events import Event, Report, silent
-from vlquant.export.graph import GRAPH_FILE, split_stages
+from vlquant.export.float16 import rounded_stages
+from vlquant.export.graph import split_stages
 from vlquant.runtime.vision_session import open_session
 from vlquant.tiling import cut_tiles, normalize
-from vlquant.vision import vision_stages
+from vlquant.vision import Stage, vision_stages
+from vlquant.vision_manifest import GRAPH_FILE
 
 TILES = 4
 BATCHES = (3, 1)  # several tiles and a single one: the tile axis must be free
 
-# Float32 through 24 to 45 layers in another order of additions differs by 1e-6 to 1e-5 of the largest feature;
-# the smallest mistake we could make, GELU by tanh, by 1e-4 and more.
-TOLERANCE = 1e-4
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """How far a graph may be from torch in float32."""
+
+    difference: float
+    """Of any feature, as a share of the largest."""
+    cosine: float
+    """Least between the features of a tile, all tokens together."""
+
+
+ACCEPTED = {
+    # Float32 through 24 to 45 layers in another order of additions differs by 1e-6 to 1e-5 of the largest feature;
+    # the smallest mistake we could make, GELU by tanh, by 1e-4 and more.
+    "fp32": Accepted(1e-4, 0.999999),
+    # Weights and activations rounded at 5e-4; what is wrong rather than rounded is further away.
+    "fp16": Accepted(1e-2, 0.9999),
+    "int8": Accepted(0.25, 0.99),
+}
 
 
 @dataclass(frozen=True)
@@ -39,47 +57,72 @@ class Parity:
     """Largest absolute feature of the torch tower."""
     tiles: int
     """Tiles compared."""
-    tolerance: float = TOLERANCE
+    cosine: float
+    """Between both features of the worst tile."""
+    tolerance: float
     """Largest difference accepted, as a share of feature_scale."""
+    least_cosine: float
+    """Least cosine accepted."""
 
     def __str__(self) -> str:
         return (
             f"largest difference from torch {self.largest_difference:.2g} on {self.tiles} tiles,"
-            f" where features reach {self.feature_scale:.3g}"
+            f" where features reach {self.feature_scale:.3g}, cosine of the worst {self.cosine:.6f}"
         )
 
     @property
     def accepted(self) -> bool:
         """False too if any feature is not finite: a comparison with NaN is false."""
-        return self.largest_difference <= self.tolerance * self.feature_scale < float("inf")
+        near = self.largest_difference <= self.tolerance * self.feature_scale < float("inf")
+        return near and self.cosine >= self.least_cosine
 
 
 @torch.inference_mode()
-def verify(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, report: Report = silent) -> Parity:
-    """Compare the graph in `folder` with torch on tiles of drawn pictures, stage by stage on either side.
+def verify(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    precision: str = "fp32",
+    islands: Collection[str] = (),
+    report: Report = silent,
+) -> Parity:
+    """Compare the graph in `folder` with torch in float32 on tiles of drawn pictures, stage by stage on either side.
 
     weights: what the graph was built from; asked for one by one. No more than one layer is in memory at a time.
-    Raises VlquantError if a feature is not finite or the difference is beyond the tolerance.
+    precision: a key of ACCEPTED; islands: what is float32 in float16, whose rounding is compared as well: the CPU that
+    runs the graph computes in float32.
+    Raises VlquantError if a feature is not finite or the graph is further away than accepted.
     """
     open_session(folder / GRAPH_FILE, torch.device("cpu"), repack=False)  # That the whole of it loads; it takes no memory.
-    expected = actual = real_tiles(config, TILES)
     stages = vision_stages(config.vision)
-    for index, (in_torch, in_onnx) in enumerate(zip(stages, onnx_stages(folder), strict=True)):
-        expected, actual = in_torch(expected, weights), in_onnx(actual)
+    others = [onnx_stages(folder)]
+    if precision == "fp16":
+        others.append(rounded_stages(weights, config.vision, islands))
+    expected = real_tiles(config, TILES)
+    found = [expected] * len(others)
+    for index, (in_torch, *elsewhere) in enumerate(zip(stages, *others, strict=True)):
+        expected = in_torch(expected, weights)
+        found = [stage(hidden, weights) for stage, hidden in zip(elsewhere, found, strict=True)]
         report(Event("comparison", index + 1, len(stages)))
-    parity = compare(expected, actual)
+    parities = [compare(expected, each, ACCEPTED[precision]) for each in found]
+    parity = min(parities, key=lambda each: (each.accepted, -each.largest_difference))
     if not parity.accepted:
+        narrow = "" if precision == "fp32" else ", export it with --precision fp32"
         raise VlquantError(
-            f"the exported vision tower is refused ({parity}; accepted: {TOLERANCE:g} of that) and nothing was"
-            " written; check the weights for values that are not finite, or use the torch vision tower"
+            f"the vision tower in {precision} is refused ({parity}; accepted: {parity.tolerance:g} of that, cosine "
+            f"{parity.least_cosine:g}) and nothing was written; check the weights for values that are not finite{narrow}, "
+            "or use the torch vision tower"
         )
     return parity
 
 
-def compare(expected: Tensor, actual: Tensor) -> Parity:
+def compare(expected: Tensor, actual: Tensor, accepted: Accepted) -> Parity:
     """Parity of two [tiles, tokens, feature_size] tensors; not finite where either is not."""
     difference = (expected - actual).abs().max().item()
-    return Parity(difference, expected.abs().max().item(), len(expected))
+    pairs = (each.double().flatten(1) for each in (expected, actual))
+    cosine = min(1.0, torch.cosine_similarity(*pairs).min().item())
+    return Parity(difference, expected.abs().max().item(), len(expected), cosine, accepted.difference, accepted.cosine)
 
 
 def real_tiles(config: ModelConfig, count: int) -> Tensor:
@@ -92,13 +135,13 @@ def real_tiles(config: ModelConfig, count: int) -> Tensor:
     return normalize(tiles[:count])
 
 
-def onnx_stages(folder: Path) -> Iterator[Callable[[Tensor], Tensor]]:
+def onnx_stages(folder: Path) -> Iterator[Stage]:
     """The graph in `folder` in its stages, each run by ONNX Runtime in the batches of BATCHES."""
     path = folder / "stage.onnx"  # Beside the weight file, which its tensors name by a relative path.
     try:
         for stage in split_stages(onnx.load(folder / GRAPH_FILE, load_external_data=False)):
             path.write_bytes(stage.SerializeToString())
-            yield partial(run_stage, path)
+            yield lambda hidden, _: run_stage(path, hidden)
     finally:
         path.unlink(missing_ok=True)
 

@@ -6,7 +6,7 @@ Knows models, folders and manifests; the nodes are in `graph`, the acceptance te
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict
 from pathlib import Path
 
@@ -20,46 +20,79 @@ from vlquant.bundle import MANIFEST, changed_files, write_manifest
 from vlquant.config import ModelConfig
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.events import Event, Report, silent
-from vlquant.export.graph import DATA_FILE, GRAPH_FILE, OPSET, WeightFile, vision_model
-from vlquant.export.verify import verify
+from vlquant.export.graph import OPSET, vision_model
+from vlquant.export.nodes import DATA_FILE, Graph, WeightFile
+from vlquant.export.precisions import HalfGraph, Int8Graph
+from vlquant.export.float16 import largest_values, too_large
+from vlquant.export.verify import real_tiles, verify
 from vlquant.layout import projector_shapes, vision_shapes
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.publishing import publishing, require_space
 from vlquant.runtime.vision_session import import_onnxruntime
 from vlquant.shards import file_hash
-from vlquant.vision_manifest import ParityRecord, VisionManifest, read_vision_manifest
+from vlquant.vision_manifest import FOLDERS, GRAPH_FILE, NAMES, ParityRecord, VisionManifest, read_vision_manifest
 
 FILES = (DATA_FILE, GRAPH_FILE)
 STAGE = "vision layers"
+PRECISIONS = {name: stored for stored, name in NAMES.items()}
+BYTES = {"fp32": 4, "fp16": 4, "int8": 1.1}
+"""Of a weight at most."""
+SCANNED_TILES = 8
+"""Of the calibration pictures, for the range of float16."""
 
 
 def export_vision(
-    source: str | Path, *, output: str | Path | None = None, overwrite: bool = False, report: Report = silent
+    source: str | Path,
+    *,
+    output: str | Path | None = None,
+    precision: str = "fp32",
+    overwrite: bool = False,
+    report: Report = silent,
 ) -> Path:
     """Write the vision tower of `source` as model.onnx + model.data + vlquant.json and return the folder.
 
-    source: an internvl_chat checkpoint, a bundle, or a model name. output: the folder to write; None: `vision` inside
-    a bundle, NAME-vision in the current folder for a checkpoint. The folder appears only after ONNX Runtime and torch
-    agree on real tiles; a complete one of the same weights is kept.
+    source: an internvl_chat checkpoint, a bundle, or a model name. output: the folder to write; None: inside a bundle
+    `vision` (vision-fp16, vision-int8), for a checkpoint NAME-vision in the current folder. precision: "fp32", "fp16" (but
+    for what float16 cannot hold on calibration pictures), or "int8" (products with constant matrices). The folder appears
+    only after ONNX Runtime and torch in float32 agree on real tiles, as far as `verify` asks; a complete one of the same
+    weights and precision is kept.
     Raises OutputRefused if the folder holds something else or cannot be written, VlquantError if they disagree.
     """
+    if precision not in PRECISIONS:
+        raise InvalidRequest(f"precision {precision!r} is unknown; use {', '.join(PRECISIONS)}")
     import_onnxruntime()  # The last step needs it; say so before the first.
     folder = resolve_model(source)
     model = open_model(folder)
-    output = Path(output) if output else _default_output(folder)
+    output = Path(output) if output else _default_output(folder, precision)
     weights = VisionWeights(model)
     source_hash = weights.sha256()
-    if _is_kept(output, source_hash, overwrite=overwrite):
+    if _is_kept(output, source_hash, precision, overwrite=overwrite):
         report(Event(STAGE, message=f"{output}: already exported from the same weights"))
         return output
-    require_space(output, weights.float32_bytes())
+    require_space(output, int(BYTES[precision] * weights.elements()))
+    largest = scan(weights, model.config, report=report) if precision == "fp16" else {}
     with publishing(output) as partial:
-        write_graph(partial, weights, model.config, report=report)
-        parity = verify(partial, weights, model.config, report=report)
-        manifest = _manifest(model.config, source_hash, parity=ParityRecord(**asdict(parity)), folder=partial)
-        write_manifest(partial, manifest)
+        write_graph(partial, weights, model.config, precision=precision, islands=too_large(largest), report=report)
+        parity = verify(partial, weights, model.config, precision=precision, islands=too_large(largest), report=report)
+        record = _manifest(model.config, precision, source_hash, parity=ParityRecord(**asdict(parity)), folder=partial)
+        write_manifest(partial, record.model_copy(update=range_record(largest)))
     report(Event(STAGE, message=f"{output}: {parity}"))
     return output
+
+
+def scan(weights: Mapping[str, Tensor], config: ModelConfig, *, report: Report = silent) -> dict[str, float]:
+    """The largest value in each branch on calibration pictures; says which of them float16 cannot hold."""
+    largest = largest_values(real_tiles(config, SCANNED_TILES), weights, config.vision, report=report)
+    for branch in too_large(largest):
+        report(Event("range scan", message=f"{branch}* reaches {largest[branch]:.3g} and stays float32"))
+    return largest
+
+
+def range_record(largest: Mapping[str, float]) -> dict:
+    """What a manifest says of a range scan; nothing without one."""
+    islands = too_large(largest)
+    inside = [value for branch, value in largest.items() if branch not in islands]
+    return {"islands": islands, "largest_value": float(f"{max(inside):.6g}")} if inside else {"islands": islands}
 
 
 class VisionWeights(Mapping):
@@ -81,9 +114,9 @@ class VisionWeights(Mapping):
     def __len__(self) -> int:
         return len(self._shapes)
 
-    def float32_bytes(self) -> int:
-        """What all of them together take."""
-        return 4 * sum(map(math.prod, self._shapes.values()))
+    def elements(self) -> int:
+        """How many numbers they are."""
+        return sum(map(math.prod, self._shapes.values()))
 
     def sha256(self) -> str:
         """Identity of the tower: its shape and all values, whatever precision they are stored in. Reads everything."""
@@ -94,14 +127,23 @@ class VisionWeights(Mapping):
         return digest.hexdigest()
 
 
-def write_graph(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig, *, report: Report = silent) -> None:
-    """Write model.data tensor by tensor, then model.onnx. Raises BrokenCheckpoint if onnx's checker objects."""
+def write_graph(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    *,
+    precision: str = "fp32",
+    islands: Collection[str] = (),
+    report: Report = silent,
+) -> None:
+    """Write model.data tensor by tensor, then model.onnx. Raises BrokenCheckpoint if onnx's checker objects.
+
+    islands: branches that are float32 in a float16 graph.
+    """
     layers = config.vision.layers_to_run
     with open(folder / DATA_FILE, "wb") as file:
-        weight_file = WeightFile(file)
-        model = vision_model(
-            weights, config.vision, weight_file=weight_file, written=lambda layer: report(Event(STAGE, layer, layers))
-        )
+        graph = empty_graph(WeightFile(file), precision, islands)
+        model = vision_model(weights, config.vision, graph=graph, written=lambda layer: report(Event(STAGE, layer, layers)))
     (folder / GRAPH_FILE).write_bytes(model.SerializeToString(deterministic=True))
     try:
         onnx.checker.check_model(str(folder / GRAPH_FILE))
@@ -109,10 +151,17 @@ def write_graph(folder: Path, weights: Mapping[str, Tensor], config: ModelConfig
         raise BrokenCheckpoint(f"the vision tower of this checkpoint makes no valid ONNX graph ({error})") from error
 
 
-def _manifest(config: ModelConfig, source_hash: str, *, parity: ParityRecord, folder: Path) -> VisionManifest:
+def empty_graph(weight_file: WeightFile, precision: str, islands: Collection[str]) -> Graph:
+    """A graph that stores and multiplies constant matrices in `precision`."""
+    if precision == "fp16":
+        return HalfGraph(weight_file, islands=islands)
+    return Int8Graph(weight_file) if precision == "int8" else Graph(weight_file)
+
+
+def _manifest(config: ModelConfig, precision: str, source_hash: str, *, parity: ParityRecord, folder: Path) -> VisionManifest:
     modules = numpy, onnx, import_onnxruntime(), torch, vlquant
     return VisionManifest(
-        precision="float32",
+        precision=PRECISIONS[precision],
         opset=OPSET,
         tile_size=config.vision.image_size,
         tokens_per_tile=config.vision.tokens_per_tile,
@@ -125,13 +174,13 @@ def _manifest(config: ModelConfig, source_hash: str, *, parity: ParityRecord, fo
     )
 
 
-def _default_output(folder: Path) -> Path:
+def _default_output(folder: Path, precision: str) -> Path:
     is_bundle = (folder / MANIFEST).is_file()
-    return folder / "vision" if is_bundle else Path(f"{folder.resolve().name}-vision")
+    return folder / FOLDERS[precision] if is_bundle else Path(f"{folder.resolve().name}-{FOLDERS[precision]}")
 
 
-def _is_kept(output: Path, source_hash: str, *, overwrite: bool) -> bool:
-    """True if `output` is a complete export of the same weights, False if it may be written.
+def _is_kept(output: Path, source_hash: str, precision: str, *, overwrite: bool) -> bool:
+    """True if `output` is a complete export of the same weights and precision, False if it may be written.
 
     Raises OutputRefused if it is something else, UnsupportedCheckpoint if a newer vlquant wrote it.
     """
@@ -145,10 +194,10 @@ def _is_kept(output: Path, source_hash: str, *, overwrite: bool) -> bool:
         damaged = changed_files(output, manifest)
     except (InvalidRequest, BrokenCheckpoint):
         damaged = [MANIFEST]
-    if damaged or overwrite and manifest.source_sha256 != source_hash:
+    if damaged:
         return False  # A damaged export of ours: nothing is lost by writing it again.
-    if manifest.source_sha256 != source_hash:
-        raise OutputRefused(
-            f"{output} was exported from other weights; add --overwrite, or choose another folder with -o"
-        )
-    return True
+    same = (manifest.source_sha256, manifest.name) == (source_hash, precision)
+    if not same and not overwrite:
+        other = f"in {manifest.name}" if manifest.source_sha256 == source_hash else "from other weights"
+        raise OutputRefused(f"{output} was exported {other}; add --overwrite, or choose another folder with -o")
+    return same

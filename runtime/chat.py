@@ -14,6 +14,7 @@ from vlquant.runtime.generate import Generation
 from vlquant.runtime.messages import Prompt, as_request, with_placeholders
 from vlquant.runtime.pipeline import Pipeline, load
 from vlquant.runtime.video import read_frames
+from vlquant.vision_manifest import has_exported_tower
 
 HELP = "/image FILE adds a picture, /reset starts anew, /quit leaves"
 
@@ -30,7 +31,7 @@ def chat(
 ) -> Answer | None:
     """Answer `question` on standard output token by token; if its text is empty, converse until the input ends.
 
-    model: bundle or checkpoint, None: the bundle here; vision: "onnx" or "torch", None: ONNX where it was exported or
+    model: bundle or checkpoint, None: the bundle here; vision: as `load` takes it, None: ONNX where it was exported or
     the model is a bundle; report: takes remarks, which never go to standard output; loading: max_tiles, prompt and tokenizer,
     as `load` takes them. Returns the answer to a question, None after a conversation. Raises VlquantError.
     """
@@ -39,7 +40,7 @@ def chat(
     vision = vision or default_vision(model)
     pipeline = load(model, device, vision=vision, **loading)
     request = as_request(question, pipeline.config.chat.conversation)
-    report(f"model {pipeline.model.folder} on {device}, vision tower through {vision}")
+    report(f"model {pipeline.model.folder} on {device}, vision tower through {pipeline.tile_features.session.name}")
     if request.question:
         return _print_answer(pipeline, request, generation)
     report(HELP)
@@ -51,7 +52,7 @@ def default_vision(model: str | Path | None) -> str:
     """The exported tower of a bundle, "onnx"; "torch" for a checkpoint without one, as one to download always is."""
     folder = Path(model or ".")
     bundle = model is None or (folder / MANIFEST_FILE).is_file()
-    return "onnx" if bundle or (folder / "vision" / "model.onnx").is_file() else "torch"
+    return "onnx" if bundle or has_exported_tower(folder) else "torch"
 
 
 def _require_readable(request: Request) -> None:

@@ -35,7 +35,8 @@ def load(
 ) -> "Pipeline":
     """Load a bundle (packed weights) or an unquantized checkpoint (float weights).
 
-    path: folder or published name, None: the bundle here; vision: "onnx" (the exported tower) or "torch";
+    path: folder or published name, None: the bundle here; vision: "onnx" (the exported tower, that for the
+    device if there are several), "fp32", "fp16", "int8" or "torch";
     max_tiles: per picture, for requests that do not say; prompt: conversations as the "original" or as the "hf" processor
     writes them; tokenizer: "slow" or "fast" where they differ. Raises VlquantError for what cannot be loaded.
     """

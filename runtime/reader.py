@@ -16,10 +16,8 @@ from vlquant.request import EncodedRequest, Request, encode_request
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.messages import Prompt, as_request
 from vlquant.runtime.video import with_frames
-from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision
+from vlquant.runtime.vision_session import MissingVision, OnnxVision, TorchVision, pick_tower, require_vision
 from vlquant.tokenizer import Tokenizer, load_tokenizer
-
-VISIONS = ("onnx", "torch")
 
 Features = Tensor | None
 """Visual tokens of one request, float32 [tokens, hidden_size]; None without pictures."""
@@ -36,8 +34,7 @@ def open_reader(
 ) -> "Reader":
     """Open a bundle or checkpoint without its decoder; the arguments are those of `load`, and so is what it raises."""
     require_device(device)
-    if vision not in VISIONS:
-        raise InvalidRequest(f"vision {vision!r} is unknown; use {' or '.join(VISIONS)}")
+    require_vision(vision)
     folder = find_bundle() if path is None else resolve_model(path)
     if folder is None:
         raise InvalidRequest("there is no bundle here; name one, or make one with vlquant quantize")
@@ -50,11 +47,11 @@ def open_reader(
 
 
 def open_vision(model: Model, vision: str, device: str) -> Callable[[Tensor], Tensor]:
-    """The vision tower of a model, "onnx" or "torch"."""
+    """The vision tower of a model, one of VISIONS. Raises as `pick_tower` and `OnnxVision`."""
     if vision == "torch":
         return TorchVision(model, device)
-    exported = model.folder / "vision"
-    return OnnxVision(exported, device) if (exported / "model.onnx").is_file() else MissingVision(model.folder)
+    folder = pick_tower(model.folder, vision, device)
+    return MissingVision(model.folder) if folder is None else OnnxVision(folder, device)
 
 
 def require_device(name: str) -> torch.device:

@@ -12,7 +12,12 @@ from torch import Tensor
 from vlquant.errors import InvalidRequest, MissingDependency
 from vlquant.model import Model
 from vlquant.vision import vision_features
-from vlquant.vision_manifest import damaged_export, read_vision_manifest
+from vlquant.vision_manifest import FOLDERS, GRAPH_FILE, damaged_export, export_command, exported_towers, read_vision_manifest
+
+VISIONS = ("onnx", *FOLDERS, "torch")
+"""What can be asked for; "onnx": of the exported ones, that which suits the device best."""
+PREFERRED = {"cpu": ("int8", "fp32", "fp16"), "cuda": ("fp16", "fp32")}
+"""By device, the best first. A CPU computes float16 as float32, between conversions; CUDA has no kernels for this int8."""
 
 # One tile of 448 pixels or several smaller ones at a time keep the memory constant at no cost in speed: InternViT-300M
 # on two CPU cores took 3.9 s a tile and 1.5 GB at 1, 4.4 s and 1.8 GB at 4, 4.2 s and 2.3 GB at 8.
@@ -30,7 +35,9 @@ class OnnxVision:
         """
         self.manifest = read_vision_manifest(Path(folder))
         self.device = torch.device(device)
-        self._session = open_session(Path(folder) / "model.onnx", self.device, threads=threads)
+        self.name = f"onnx {self.manifest.name}"
+        """What is being run, in words."""
+        self._session = open_session(Path(folder) / GRAPH_FILE, self.device, threads=threads)
         self._feature_shape = (self.manifest.tokens_per_tile, self.manifest.feature_size)
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
@@ -56,6 +63,8 @@ class OnnxVision:
 class MissingVision:
     """Stands for the tower of a bundle that has none exported yet: text needs none, pictures raise InvalidRequest."""
 
+    name = "onnx, which is not exported"
+
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
@@ -68,6 +77,8 @@ class MissingVision:
 
 class TorchVision:
     """The vision tower of a checkpoint or bundle in torch, float32; called like OnnxVision."""
+
+    name = "torch fp32"
 
     def __init__(self, model: Model, device: str = "cpu") -> None:
         self.device = torch.device(device)
@@ -82,6 +93,37 @@ class TorchVision:
         batches = pixel_values.float().split(tiles_per_run(self._config.image_size))
         features = [vision_features(each.to(self.device), self._weights, self._config) for each in batches]
         return torch.cat(features).to(pixel_values.device)
+
+
+def require_vision(name: str) -> None:
+    """Raise InvalidRequest unless `name` is one of VISIONS."""
+    if name not in VISIONS:
+        raise InvalidRequest(f"vision {name!r} is unknown; use {', '.join(VISIONS)}")
+
+
+def pick_tower(bundle: Path, vision: str, device: str) -> Path | None:
+    """Folder of the exported tower that `vision`, a name of VISIONS, means on a device; None: torch, or none is exported.
+
+    Raises InvalidRequest if that precision was not exported or does not run there, and as `read_vision_manifest`.
+    """
+    require_vision(vision)
+    if vision == "torch":
+        return None
+    usable, towers = PREFERRED["cuda" if device.startswith("cuda") else "cpu"], exported_towers(bundle)
+    if vision == "onnx" and not towers:
+        return None
+    chosen = next((name for name in usable if name in towers), None) if vision == "onnx" else vision
+    if chosen is None or chosen not in usable:
+        raise InvalidRequest(
+            f"a vision tower in int8 is for CPUs; run `vlquant export-vision {bundle} --precision fp16` for {device}, "
+            "or take the torch tower (--vision torch)"
+        )
+    if chosen not in towers:
+        raise InvalidRequest(
+            f"{bundle} has no vision tower in {chosen}; run `{export_command(FOLDERS[chosen])} {bundle}`, or choose "
+            f"--vision {' or '.join((*towers, 'torch'))}"
+        )
+    return towers[chosen]
 
 
 def tiles_per_run(tile_size: int) -> int:

@@ -137,9 +137,9 @@ def test_reports_go_to_standard_error(stand_in, monkeypatch):
 
 def test_export_vision_passes_every_option(stand_in):
     calls = stand_in("vlquant.export.vision", "export_vision", result=Path("out"))
-    assert run("export-vision", "bundle", "-o", "out").stdout == "out\n"
+    assert run("export-vision", "bundle", "-o", "out", "--precision", "int8").stdout == "out\n"
     [((source,), keywords)] = calls
-    assert source == "bundle" and keywords["output"] == Path("out")
+    assert source == "bundle" and keywords["output"] == Path("out") and keywords["precision"] == "int8"
 
 
 def test_the_bundle_here_is_used_and_named(stand_in):
@@ -178,10 +178,10 @@ def test_chat_without_options_leaves_the_defaults_to_the_records(stand_in):
 
 CHECK_OPTIONS = [
     "--reference", "original", "--max-drop", 2.5, "--limit", 9, "--seed", 3, "--set", "builtin", "--set", "a.tsv", "--metric", "anls",
-    "--memory", 5, "--max-new-tokens", 7, "--device", "cuda",
+    "--memory", 5, "--max-new-tokens", 7, "--device", "cuda", "--vision", "fp16",
 ]  # fmt: skip
 CHECKED_WITH = CheckOptions(
-    sets=("builtin", "a.tsv"), limit=9, seed=3, metric="anls", max_drop=2.5, memory=5.0, max_new_tokens=7, device="cuda"
+    sets=("builtin", "a.tsv"), limit=9, seed=3, metric="anls", max_drop=2.5, memory=5.0, max_new_tokens=7, device="cuda", vision="fp16"
 )
 
 

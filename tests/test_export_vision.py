@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from vlquant.errors import OutputRefused, UnsupportedCheckpoint, VlquantError
 from vlquant.export import verify
-from vlquant.export.graph import IR_VERSION, LARGE_ALIGNMENT, LARGE_TENSOR_BYTES, OPSET, WeightFile
+from vlquant.export.graph import IR_VERSION, OPSET
+from vlquant.export.nodes import LARGE_ALIGNMENT, LARGE_TENSOR_BYTES, WeightFile
 from vlquant.export.vision import VisionWeights, export_vision
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -207,7 +208,7 @@ def test_foreign_files_are_never_touched(checkpoint, tmp_path):
 
 def test_an_export_of_a_newer_vlquant_is_not_replaced(checkpoint, tmp_path):
     output = export_vision(checkpoint, output=tmp_path / "vision")
-    text = (output / "vlquant.json").read_text().replace('"format_version": 1', '"format_version": 2')
+    text = (output / "vlquant.json").read_text().replace('"format_version": 2', '"format_version": 3')
     (output / "vlquant.json").write_text(text)
     with pytest.raises(UnsupportedCheckpoint, match="upgrade vlquant"):
         export_vision(checkpoint, output=output)

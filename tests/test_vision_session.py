@@ -99,8 +99,8 @@ def test_a_manifest_that_is_none(text, folder):
 
 def test_a_newer_format_is_refused(folder):
     manifest = json.loads((folder / "vlquant.json").read_text())
-    (folder / "vlquant.json").write_text(json.dumps(manifest | {"format_version": 2, "news": 1}))
-    with pytest.raises(UnsupportedCheckpoint, match="reads up to 1; upgrade vlquant"):
+    (folder / "vlquant.json").write_text(json.dumps(manifest | {"format_version": 3, "news": 1}))
+    with pytest.raises(UnsupportedCheckpoint, match="reads up to 2; upgrade vlquant"):
         OnnxVision(folder)
 
 

@@ -79,6 +79,10 @@ class StageNoise(Record):
     bits: int
 
 
+FLOAT16_ROOM = 20_000.0
+"""Largest activation that leaves float16, which ends at 65504, room for inputs nobody looked at."""
+
+
 class LayerRange(Record):
     """The largest absolute value that calibration saw in a layer: float16 ends at 65504."""
 

@@ -39,9 +39,10 @@ from vlquant.predictions import read_predictions
 from vlquant.publishing import NO_SPACE
 from vlquant.reference import find_reference
 from vlquant.runtime.generate import Generation
+from vlquant.runtime.vision_session import pick_tower
 from vlquant.shards import file_hash
-from vlquant.vision_manifest import read_vision_manifest
 from vlquant.verdict import INCONCLUSIVE, Verdict, judge_distribution, reach_verdict
+from vlquant.vision_manifest import FOLDERS, read_vision_manifest
 
 MARGINS = {3: 3.0, 4: 1.5, 8: 1.0}
 """Default of the largest acceptable drop in points, by bits per weight."""
@@ -106,18 +107,23 @@ def open_sets(options: CheckOptions) -> list[CheckSet]:
 
 def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptions, report: Report) -> tuple[Side, Side]:
     """Reference and bundle, and whether each may be loaded to answer by itself; what may not is said."""
-    exported = (folder / "vision" / "model.onnx").is_file()
-    if not exported:
+    tower = pick_tower(folder, options.vision, options.device)
+    vision = "torch" if tower is None else read_vision_manifest(tower).name
+    if tower is not None:
+        report(Event("check", message=f"vision tower {tower.name} ({vision})"))
+    elif options.vision == "torch":
+        report(Event("check", message="the vision tower runs in torch, as was asked for, and is not checked"))
+    else:
         report(Event("check", message=f"{folder.name} has no vision/: the vision tower runs in torch and is not checked"))
     changed = changed_files(folder, manifest)
-    if exported:
-        changed += [f"vision/{name}" for name in changed_files(folder / "vision", read_vision_manifest(folder / "vision"))]
+    if tower is not None:
+        changed += [f"{tower.name}/{name}" for name in changed_files(tower, read_vision_manifest(tower))]
     if changed:
         raise BrokenCheckpoint(f"{folder} is not as it was written: {', '.join(changed[:3])} changed; quantize or export again")
     allowed = available_memory() if options.memory is None else int(options.memory * 1e9)
     answers = {}
     for name, place in (("the reference", source), ("the bundle", folder)):
-        needed = int(ROOM * sum(path.stat().st_size for path in place.glob("**/*") if path.suffix in (".safetensors", ".data", ".bin")))
+        needed = int(ROOM * loaded_bytes(place, tower))
         answers[name] = needed <= allowed
         if not answers[name]:
             report(Event("check", message=(
@@ -125,13 +131,20 @@ def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptio
                 "it is compared along given answers only, layer by layer (--memory allows more)"
             )))  # fmt: skip
     own = {MANIFEST: file_hash(folder / MANIFEST)}
-    if exported:
-        own["vision"] = file_hash(folder / "vision" / MANIFEST)
+    if tower is not None:
+        own["vision"] = file_hash(tower / MANIFEST)
     answering = answers["the reference"] and options.reference_predictions is None
     return (
         Side(source, "torch", manifest.source.files, answering),
-        Side(folder, "onnx" if exported else "torch", own, answers["the bundle"]),
+        Side(folder, vision, own, answers["the bundle"]),
     )
+
+
+def loaded_bytes(place: Path, tower: Path | None) -> int:
+    """Size of a model's weight files, of exported vision towers only the one that runs."""
+    idle = {place / name for name in FOLDERS.values()} - {tower}
+    weights = [path for path in place.glob("**/*") if path.suffix in (".safetensors", ".data", ".bin")]
+    return sum(path.stat().st_size for path in weights if path.parent not in idle)
 
 
 def available_memory() -> int:
@@ -200,7 +213,7 @@ def conclude(
         bundle_sha256=sides[1].files[MANIFEST],
         reference=manifest.source.name,
         reference_sha256=hashlib.sha256(json.dumps(dict(manifest.source.files), sort_keys=True).encode()).hexdigest(),
-        vision=sides[1].vision if sides[1].vision == "onnx" else "torch (vision not checked)",
+        vision="torch (vision not checked)" if sides[1].vision == "torch" else f"onnx {sides[1].vision}",
         sets=tuple(asked_set(each, findings.asked) for each in sets),
         seed=options.seed,
         max_new_tokens=options.max_new_tokens,

@@ -26,6 +26,8 @@ class CheckOptions:
     reference_predictions: str | None = None
     """A TSV file of the reference's answers, made elsewhere."""
     device: str = "cpu"
+    vision: str = "onnx"
+    """Which of the bundle's vision towers: that for the device, as `vlquant chat` takes it, or "fp32", "fp16", "int8" or "torch"."""
 
     def __post_init__(self) -> None:
         if self.max_drop is not None and not 0 <= self.max_drop <= 100:

@@ -166,7 +166,7 @@ class CheckResult:
     reference_sha256: str
     """Of the names and hashes of the reference's files."""
     vision: str
-    """"onnx", or "torch (vision not checked)"."""
+    """"onnx" with the precision, or "torch (vision not checked)"."""
     sets: tuple[AskedSet, ...]
     seed: int
     max_new_tokens: int

@@ -15,6 +15,7 @@ from vlquant.cli_options import (
     BUNDLE_DEFAULT,
     CheckSeedOption,
     CheckTokensOption,
+    CheckVisionOption,
     DeviceOption,
     FramesOption,
     ImageOption,
@@ -145,7 +146,8 @@ def quantize_command(
 @app.command("export-vision")
 def export_vision_command(
     source: Annotated[str | None, typer.Argument(metavar="MODEL|BUNDLE", help=f"Whose tower. {BUNDLE_DEFAULT}")] = None,
-    output: Annotated[Path | None, output_option("vision/ in the bundle")] = None,
+    output: Annotated[Path | None, output_option("vision/, vision-fp16/ or vision-int8/ in the bundle")] = None,
+    precision: Annotated[str, typer.Option(metavar="fp32|fp16|int8", help="int8 is the fastest on a CPU, fp16 is for a GPU.")] = "fp32",
     overwrite: OverwriteOption = False,
 ) -> None:
     """Write vision tower and projector as ONNX, compared with PyTorch before it is accepted."""
@@ -154,7 +156,7 @@ def export_vision_command(
     from vlquant.progress import drawn_progress
 
     with drawn_progress() as report:
-        folder = export_vision(source, output=output, overwrite=overwrite, report=report)
+        folder = export_vision(source, output=output, precision=precision, overwrite=overwrite, report=report)
     typer.echo(folder)
 
 
@@ -171,12 +173,13 @@ def check_command(
     max_new_tokens: CheckTokensOption = CheckOptions.max_new_tokens,
     reference_predictions: PredictionsOption = None,
     device: DeviceOption = "cpu",
+    vision: CheckVisionOption = CheckOptions.vision,
     as_json: JsonOption = False,
 ) -> None:
     """Measure the loss against the original: exit code 0 passed, 3 failed, 4 inconclusive."""
     options = CheckOptions(
         sets=tuple(sets), limit=limit, seed=seed, metric=metric, max_drop=max_drop, memory=memory,
-        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device,
+        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device, vision=vision,
     )  # fmt: skip
     bundle = bundle_or_demo(bundle)
     from rich.console import Console

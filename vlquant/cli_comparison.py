@@ -11,6 +11,7 @@ from vlquant.cli_options import (
     BUNDLE_DEFAULT,
     CheckSeedOption,
     CheckTokensOption,
+    CheckVisionOption,
     DeviceOption,
     ImageOption,
     JsonOption,
@@ -44,12 +45,13 @@ def bisect_command(
     max_new_tokens: CheckTokensOption = CheckOptions.max_new_tokens,
     reference_predictions: PredictionsOption = None,
     device: DeviceOption = "cpu",
+    vision: CheckVisionOption = CheckOptions.vision,
     as_json: JsonOption = False,
 ) -> None:
     """Name the smallest part of a bundle whose return to float ends the FAIL of its check."""
     options = CheckOptions(
         sets=tuple(sets), limit=limit, seed=seed, metric=metric, max_drop=max_drop, memory=memory,
-        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device,
+        max_new_tokens=max_new_tokens, reference_predictions=reference_predictions, device=device, vision=vision,
     )  # fmt: skip
     bundle = bundle_or_demo(bundle)
     from rich.console import Console

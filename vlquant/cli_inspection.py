@@ -70,7 +70,7 @@ def trace_command(
     what: Annotated[list[str], typer.Argument(metavar="MODEL | A B", help="Who answers; with --compare two traces.")],
     request: Annotated[Path | None, typer.Option(metavar="FILE", help="request.json: the calls to run.")] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE")] = Path("trace.safetensors"),
-    vision: Annotated[str, typer.Option(metavar="torch|onnx", help="Vision tower.")] = "torch",
+    vision: Annotated[str, typer.Option(metavar="torch|onnx|fp32|fp16|int8", help="Vision tower.")] = "torch",
     tokenizer: TokenizerOption = None,
     compare: Annotated[bool, typer.Option("--compare", help="Name the first difference of two traces: exit code 3.")] = False,
 ) -> None:

@@ -16,7 +16,14 @@ ModelArgument = Annotated[
 OverwriteOption = Annotated[bool, typer.Option("--overwrite", help="Replace what an earlier run left there.")]
 DeviceOption = Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it runs.")]
 VisionOption = Annotated[
-    str | None, typer.Option(metavar="onnx|torch", help="Which vision tower. Default: the exported one of a bundle.")
+    str | None,
+    typer.Option(
+        metavar="onnx|fp32|fp16|int8|torch",
+        help="Which vision tower. Default: the exported one of a bundle; of several, int8 on a CPU, fp16 on CUDA.",
+    ),
+]  # fmt: skip
+CheckVisionOption = Annotated[
+    str, typer.Option(metavar="onnx|fp32|fp16|int8|torch", help="Which of the bundle's vision towers; onnx: as chat takes it.")
 ]
 ImageOption = Annotated[list[str] | None, typer.Option(metavar="FILE", help="A picture; may be repeated.")]
 VideoOption = Annotated[str | None, typer.Option(metavar="FILE", help="A video.")]

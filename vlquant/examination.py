@@ -43,7 +43,7 @@ class Side:
 
     folder: Path
     vision: str
-    """"onnx" or "torch"."""
+    """"fp32", "fp16", "int8" or "torch"."""
     files: Mapping[str, str]
     """Hashes by which its answers are known again."""
     answers: bool

@@ -17,6 +17,7 @@ from vlquant.model import Model, is_quantized, open_model
 from vlquant.publishing import require_renamable, require_replaceable, require_space
 from vlquant.recipe import Recipe
 from vlquant.unfinished import bytes_so_far
+from vlquant.vision_manifest import has_exported_tower
 
 FEW_ANSWER_TOKENS = 1000
 """Fewer say little of what a model writes."""
@@ -74,7 +75,7 @@ def remarks(source: Model, output: Path, recipe: Recipe) -> Iterable[str]:
         yield f"only vlquant will read {output}: {reason}"
     if source.checkpoint.adapters:
         yield f"{len(source.checkpoint.adapters)} LoRA adapters in {source.folder} are merged into their weights"
-    if (output / "vision").is_dir():
+    if has_exported_tower(output):
         yield f"{output} is replaced: export its vision tower and check it again afterwards"
 
 

@@ -1,6 +1,7 @@
 """`vlquant inspect`: what a bundle is, what was done to it and what that cost, readably; with `verify`, whether it is intact."""
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -9,7 +10,7 @@ from rich.table import Table
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
 from vlquant.check_result import read_result
 from vlquant.errors import BrokenCheckpoint, InvalidRequest
-from vlquant.vision_manifest import VisionManifest, read_vision_manifest
+from vlquant.vision_manifest import FOLDERS, VisionManifest, export_command, read_vision_manifest
 
 WORST_MODULES = 5
 
@@ -29,18 +30,17 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
     console = console or Console()
     console.print(summary_table(folder, manifest))
     console.print(modules_table(manifest))
-    exported = folder / "vision"
-    vision = read_vision_manifest(exported) if (exported / MANIFEST).is_file() else None
-    if vision:
-        console.print(vision_table(vision))
-    else:
+    towers = {name: read_vision_manifest(folder / name) for name in FOLDERS.values() if (folder / name / MANIFEST).is_file()}
+    for name, tower in towers.items():
+        console.print(vision_table(name, tower))
+    if not towers:
         console.print("no exported vision tower: vlquant export-vision writes one")
     checks = sorted(folder.glob("checks/*/report.json"))
     for path in checks:
         console.print(check_line(path), markup=False, highlight=False, soft_wrap=True)
     if not checks:
         console.print("never checked: vlquant check measures what it cost")
-    require_intact(folder, manifest, vision, verify=verify)
+    require_intact(folder, manifest, towers, verify=verify)
     if verify:
         console.print("every file is as it was written")
     return folder
@@ -86,9 +86,9 @@ def percent(error: float | None) -> str:
     return "unknown" if error is None else f"{100 * error:.2f} %"
 
 
-def vision_table(vision: VisionManifest) -> Table:
-    """The facts about the exported vision tower that are single values."""
-    table = _facts("vision tower")
+def vision_table(name: str, vision: VisionManifest) -> Table:
+    """The facts about an exported vision tower that are single values."""
+    table = _facts("vision tower" if name == FOLDERS["fp32"] else f"vision tower ({name})")
     for name, value in {**vision.model_dump(), **vision.parity.model_dump()}.items():
         if isinstance(value, str | int | float):
             table.add_row(name.replace("_", " "), f"{value:.3g}" if isinstance(value, float) else str(value))
@@ -105,11 +105,11 @@ def check_line(path: Path) -> str:
     return f"checked: {found.verdict.outcome}, {scored}; {asked}, seed {found.seed}; vision {found.vision} ({path.parent.name})"
 
 
-def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | None, *, verify: bool) -> None:
+def require_intact(folder: Path, manifest: Manifest, towers: Mapping[str, VisionManifest], *, verify: bool) -> None:
     """Raise BrokenCheckpoint naming files that are missing or, with `verify`, whose contents have changed."""
     damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
-    if verify and vision:
-        damaged += [f"vision/{name}" for name in changed_files(folder / "vision", vision)]
+    for place, tower in towers.items() if verify else ():
+        damaged += [f"{place}/{name}" for name in changed_files(folder / place, tower)]
     if damaged:
         raise BrokenCheckpoint(
             f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
@@ -119,8 +119,10 @@ def require_intact(folder: Path, manifest: Manifest, vision: VisionManifest | No
 
 def repair(damaged: list[str]) -> str:
     """The verb that writes the damaged files again."""
-    only_vision = all(name.startswith("vision/") for name in damaged)
-    return "run vlquant export-vision again" if only_vision else "quantize the model again"
+    places = dict.fromkeys(name.partition("/")[0] for name in damaged)
+    if not places.keys() <= set(FOLDERS.values()):
+        return "quantize the model again"
+    return f"run {' and '.join(map(export_command, places))} again"
 
 
 def _facts(title: str) -> Table:

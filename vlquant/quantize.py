@@ -12,6 +12,7 @@ import torch
 from vlquant.activations import has_byte_products
 from vlquant.bit_choice import choose_bits
 from vlquant.bundle import (
+    FLOAT16_ROOM,
     MANIFEST,
     Calibration,
     Manifest,
@@ -48,8 +49,6 @@ from vlquant.shards import ShardWriter, file_hash
 from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 from vlquant.unfinished import UnfinishedRun, forget_finished, resuming
 
-FLOAT16_ROOM = 20_000.0
-"""Largest activation that leaves float16, which ends at 65504, room for inputs nobody calibrated on."""
 SOURCE_FILES = (
     "model*.safetensors", "model.safetensors.index.json", "config.json", "tokenizer.model", "tokenizer.json", "vocab.json",
     "merges.txt", "added_tokens.json", "special_tokens_map.json", "tokenizer_config.json",

@@ -1,12 +1,22 @@
-"""The manifest of an exported vision tower (vision/vlquant.json). Knows no graph and runs nothing."""
+"""The manifest of an exported vision tower (vision/vlquant.json), and which towers lie in a bundle.
+
+Knows no graph and runs nothing.
+"""
 
 import json
 from pathlib import Path
+from typing import Literal
 
 from vlquant.bundle import MANIFEST, Record, missing_files
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""1 knew float32 only."""
+GRAPH_FILE = "model.onnx"
+FOLDERS = {"fp32": "vision", "fp16": "vision-fp16", "int8": "vision-int8"}
+"""Where a bundle keeps its towers, by precision; each folder is an export of its own."""
+NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
+"""What precisions are called, by what manifests call them."""
 
 
 class ParityRecord(Record):
@@ -18,13 +28,21 @@ class ParityRecord(Record):
     tiles: int
     tolerance: float
     """Share of feature_scale that was accepted."""
+    cosine: float | None = None
+    """Between both features of the worst tile; None: not recorded in format 1."""
+    least_cosine: float | None = None
+    """The least that was accepted."""
 
 
 class VisionManifest(Record):
     """vision/vlquant.json: what was exported, and how exactly. No times, no paths."""
 
     format_version: int = FORMAT_VERSION
-    precision: str
+    precision: Literal["float32", "float16", "int8"]
+    islands: tuple[str, ...] = ()
+    """Of float16: what stays float32 because its numbers do not fit, by what the names of its weights start with."""
+    largest_value: float | None = None
+    """Of float16: the largest number that the range scan saw outside of islands."""
     opset: int
     tile_size: int
     tokens_per_tile: int
@@ -38,6 +56,22 @@ class VisionManifest(Record):
     """sha256 by name."""
     sizes: dict[str, int]
     """Bytes."""
+
+    @property
+    def name(self) -> str:
+        """"fp32", "fp16" or "int8"."""
+        return NAMES[self.precision]
+
+
+def exported_towers(bundle: Path) -> dict[str, Path]:
+    """Folders of the vision towers exported into a bundle or checkpoint, by precision. Raises as `read_vision_manifest`."""
+    folders = [bundle / name for name in FOLDERS.values()]
+    return {read_vision_manifest(folder).name: folder for folder in folders if (folder / GRAPH_FILE).is_file()}
+
+
+def has_exported_tower(bundle: Path) -> bool:
+    """Whether a vision tower was exported into a bundle or checkpoint. Reads nothing."""
+    return any((bundle / name / GRAPH_FILE).is_file() for name in FOLDERS.values())
 
 
 def read_vision_manifest(folder: Path) -> VisionManifest:
@@ -68,4 +102,10 @@ def read_vision_manifest(folder: Path) -> VisionManifest:
 
 def damaged_export(file: Path, what: str) -> BrokenCheckpoint:
     """The error that says what is wrong with a file of an exported vision tower."""
-    return BrokenCheckpoint(f"{file} {what}; remove {file.parent} and run `vlquant export-vision` again")
+    return BrokenCheckpoint(f"{file} {what}; remove {file.parent} and run `{export_command(file.parent.name)}` again")
+
+
+def export_command(folder_name: str) -> str:
+    """The command that writes the tower in a folder of that name."""
+    option = next((f" --precision {name}" for name, place in FOLDERS.items() if place == folder_name and name != "fp32"), "")
+    return f"vlquant export-vision{option}"
