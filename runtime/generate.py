@@ -6,8 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, KeyValueCache
+from vlquant.decoder import Decoder
 from vlquant.errors import InvalidRequest
+from vlquant.runtime.decode_step import open_step
+from vlquant.runtime.prefill import open_cache, prefill
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
 
@@ -79,13 +81,19 @@ class Decoding:
         embeddings, generation = self._embeddings, self._generation
         batch, length, _ = embeddings.shape
         capacity = length + generation.max_new_tokens
-        cache = KeyValueCache(self._decoder.config, batch=batch, capacity=capacity, device=embeddings.device)
+        cache = open_cache(self._decoder.config, batch=batch, capacity=capacity, device=embeddings.device)
         mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)
         unfinished = set(range(batch))
         for step in range(generation.max_new_tokens):
-            logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=cache)[:, -1]
+            if step == 0:
+                logits = prefill(self._decoder, embeddings, mask[:, :length], cache)
+                on_device = open_step(self._decoder, cache, mask[:, :length])
+            elif on_device:
+                logits = on_device(ids)
+            else:
+                logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=cache)[:, -1]
             ids = choose(shape_logits(logits, self.rows, generation), generators)
             for row in set(range(batch)) - unfinished:
                 ids[row] = self._ending.pad_id

@@ -152,6 +152,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
     batch, heads, length, head_dim = queries.shape
     groups = heads // keys.shape[1]
     if visible is None and length > 1:
+        if queries.is_cuda:
+            # There the kernels that need no matrix of scores know no groups; of one layer at a time the copies are small.
+            keys, values = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (keys, values))
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=groups > 1
         )
@@ -175,6 +179,11 @@ class LayerCache:
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+        """Store new keys and values, and attend over all so far; arguments as in `attend`."""
+        keys, values = self.append(keys, values)
+        return attend(queries, keys.to(queries.dtype), values.to(queries.dtype), visible)
 
 
 class KeyValueCache:
@@ -228,9 +237,7 @@ class DecoderLayer:
             queries = rms_norm(queries, self.norms["self_attn.q_norm"], self.config.norm_eps)
             keys = rms_norm(keys, self.norms["self_attn.k_norm"], self.config.norm_eps)
         queries, keys = rotate(queries, rotary), rotate(keys, rotary)
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        mixed = attend(queries, keys, values, visible)
+        mixed = (cache.attend if cache is not None else attend)(queries, keys, values, visible)
         return self.linears["self_attn.o_proj"](mixed.transpose(1, 2).flatten(2))  # [batch, length, hidden]
 
     def mlp(self, x: Tensor) -> Tensor:

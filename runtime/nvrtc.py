@@ -1,0 +1,111 @@
+"""CUDA C to machine code by NVRTC, which a wheel brings: no toolkit, no nvcc, no GPU. Knows source text, no kernels.
+
+What was compiled once is kept in the user's cache.
+"""
+
+import ctypes
+import functools
+import hashlib
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+
+from vlquant.errors import MissingDependency
+from vlquant.kept_answers import cache_folder
+from vlquant.publishing import replace_bytes
+
+FOLDERS = ("nvidia.cuda_nvrtc", "nvidia.cu13", "nvidia.cu14")
+"""Packages whose lib/ holds NVRTC: its own wheel for CUDA 12, that of everything since."""
+
+LAST_MAJOR = {6: 12, 5: 12}
+"""The last CUDA whose compiler knows cards of a major compute capability, where one is the last: 12 for Pascal."""
+
+
+def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence[str] = ()) -> bytes:
+    """Machine code of `source` for exactly one compute capability, from the cache if it was compiled before.
+
+    defines: as in "HEAD_DIM=128". Raises MissingDependency without an NVRTC that knows the card.
+    """
+    library = load_nvrtc(capability)
+    options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++14", *(f"--define-macro={each}" for each in defines)]
+    known = "\0".join((source, *options, *map(str, nvrtc_version(library))))
+    kept = cache_folder() / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.cubin"
+    if kept.is_file():
+        return kept.read_bytes()
+    cubin, _ = compile_program(library, source, options)
+    try:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        replace_bytes(kept, cubin)
+    except OSError:
+        pass  # A cache that cannot be written costs the next start a second.
+    return cubin
+
+
+def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -> tuple[bytes, str]:
+    """Machine code and the compiler's remarks. A source that does not compile is our mistake: RuntimeError."""
+    program = ctypes.c_void_p()
+    _must(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"vlquant.cu", 0, None, None))
+    try:
+        given = (ctypes.c_char_p * len(options))(*(each.encode() for each in options))
+        status = library.nvrtcCompileProgram(program, len(options), given)
+        log = _product(library, program, "ProgramLog").rstrip(b"\0").decode()
+        if status:
+            raise RuntimeError(f"NVRTC: {log}")
+        return _product(library, program, "CUBIN"), log
+    finally:
+        library.nvrtcDestroyProgram(ctypes.byref(program))
+
+
+def load_nvrtc(capability: tuple[int, int]) -> ctypes.CDLL:
+    """The newest NVRTC here that compiles for a card. Raises MissingDependency."""
+    last = LAST_MAJOR.get(capability[0])
+    for path in nvrtc_paths():
+        library = _open(path)
+        if library and (last is None or nvrtc_version(library)[0] <= last):
+            return library
+    card = "compute capability {}.{}".format(*capability)
+    raise MissingDependency(
+        f"--device cuda compiles its kernels with NVRTC{f' {last}' if last else ''}, and none is here that knows {card}; "
+        "run pip install nvidia-cuda-nvrtc-cu12, or choose --device cpu"
+    )
+
+
+def nvrtc_paths() -> list[str]:
+    """Where NVRTC may be, the newest first: wheels, then wherever the system looks."""
+    found = []
+    for package in FOLDERS:
+        parent = package.partition(".")[0]
+        spec = importlib.util.find_spec(package) if importlib.util.find_spec(parent) else None
+        for folder in spec.submodule_search_locations if spec and spec.submodule_search_locations else ():
+            found += [path for path in Path(folder, "lib").glob("libnvrtc.so.*") if "alt" not in path.name]
+    return [*map(str, sorted(found, key=lambda path: path.name, reverse=True)), "libnvrtc.so.13", "libnvrtc.so.12"]
+
+
+def nvrtc_version(library: ctypes.CDLL) -> tuple[int, int]:
+    """Major and minor CUDA version of an NVRTC."""
+    major, minor = ctypes.c_int(), ctypes.c_int()
+    _must(library, library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor)))
+    return major.value, minor.value
+
+
+@functools.cache
+def _open(path: str) -> ctypes.CDLL | None:
+    try:
+        library = ctypes.CDLL(path)
+    except OSError:
+        return None
+    library.nvrtcGetErrorString.restype = ctypes.c_char_p
+    return library
+
+
+def _product(library: ctypes.CDLL, program: ctypes.c_void_p, name: str) -> bytes:
+    size = ctypes.c_size_t()
+    _must(library, getattr(library, f"nvrtcGet{name}Size")(program, ctypes.byref(size)))
+    buffer = ctypes.create_string_buffer(size.value)
+    _must(library, getattr(library, f"nvrtcGet{name}")(program, buffer))
+    return buffer.raw
+
+
+def _must(library: ctypes.CDLL, status: int) -> None:
+    if status:
+        raise RuntimeError(f"NVRTC: {library.nvrtcGetErrorString(status).decode()}")
