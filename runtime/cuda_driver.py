@@ -99,8 +99,12 @@ def _parameter(argument: Tensor | int | float | None) -> ctypes.c_void_p | ctype
 
 
 def require_code_for(device: torch.device) -> None:
-    """Raise MissingDependency if the installed torch has no code for a GPU."""
-    capability, built_for = card_of(device).capability, torch.cuda.get_arch_list()
+    """Raise MissingDependency if the installed torch cannot start a GPU or has no code for it."""
+    try:
+        capability, built_for = card_of(device).capability, torch.cuda.get_arch_list()
+    except RuntimeError as error:
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        raise MissingDependency(f"{device} does not start ({reason}); check the driver, or choose --device cpu") from error
     if not has_code_for(capability, built_for):
         raise MissingDependency(
             f"{device} has compute capability {capability[0]}.{capability[1]}, and the installed torch {torch.__version__} has "

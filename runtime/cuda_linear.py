@@ -104,7 +104,10 @@ class CudaLinear:
 
 
 class BnbNf4Linear:
-    """NF4 through the kernels of bitsandbytes: its GEMV for one token, its dequantizing and a GEMM for more."""
+    """NF4 through the kernels of bitsandbytes: its product for few tokens, its dequantizing and a GEMM for many.
+
+    Inputs stay float32, in which its kernels lose nothing and, on 6.x, are faster than in half precision.
+    """
 
     def __init__(self, tensors: dict[str, Tensor], *, card: Card) -> None:
         from bitsandbytes.functional import QuantState
@@ -117,15 +120,14 @@ class BnbNf4Linear:
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to float32 [..., out_features]."""
-        from bitsandbytes.functional import gemv_4bit
+        from bitsandbytes import matmul_4bit
 
         out_features, in_features = self.state.shape
         rows = x.reshape(-1, in_features).float()
-        if len(rows) == 1:
-            y = gemv_4bit(rows, self.packed.t(), state=self.state)
+        if len(rows) <= TOKENS[-1]:
+            y = matmul_4bit(rows, self.packed.t(), self.state)
         else:
-            # Few rows are cheap in float32; what is read and expanded is the same.
-            y = multiply(rows, self.expand, out_features, torch.float32 if len(rows) <= TOKENS[-1] else self.gemm_dtype)
+            y = multiply(rows, self.expand, out_features, self.gemm_dtype)
         return (y if self.bias is None else y + self.bias).view(*x.shape[:-1], out_features)
 
     def expand(self, start: int, stop: int) -> Tensor:
@@ -179,5 +181,3 @@ def kernel_weight(tensors: dict[str, Tensor], gptq_version: int = 1) -> KernelWe
         return lay_out_int8(tensors["weight"], tensors["SCB"])
     weight = tensors["weight"]
     return lay_out_float(weight) if weight.dtype in KINDS and weight.shape[1] % CHUNK == 0 else None
-
-

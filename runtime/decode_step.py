@@ -33,7 +33,9 @@ def attend_stored(queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, 
     """Attention of one position over the whole buffers, with what is not visible masked; as `DecodeAttention`, in torch."""
     place = torch.arange(keys.shape[2], device=keys.device)
     visible = (place >= first[:, None]) & (place < stored)  # [batch, capacity]
-    return attend(queries, keys.to(queries.dtype), values.to(queries.dtype), visible[:, None])
+    # Memory that nothing was written to may hold anything, and 0 times infinity is no number.
+    keys, values = (torch.where(visible[:, None, :, None], each, 0).to(queries.dtype) for each in (keys, values))
+    return attend(queries, keys, values, visible[:, None])
 
 
 class StoredLayer:
