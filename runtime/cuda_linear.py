@@ -1,6 +1,7 @@
 """Matmuls with packed weights on a GPU: our kernels for few tokens, expanding and a GEMM for many. Knows tensors only."""
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -9,7 +10,11 @@ from vlquant.errors import InvalidRequest
 from vlquant.runtime.cuda_driver import Card, Kernels, card_of, kernels_of
 from vlquant.runtime.cuda_layout import CHUNK, KINDS, KernelWeight, lay_out_float, lay_out_gptq, lay_out_int8
 
-LINEAR_FILES = ("numbers", "weights", "gemv", "gemv_int8", "dequantize")
+if TYPE_CHECKING:
+    from vlquant.runtime.linear import Workspace
+
+LINEAR_FILES = ("numbers", "weights", "rows", "gemv", "dequantize")
+INT8_FILES = ("numbers", "weights", "rows", "gemv_int8")
 
 TOKENS = (1, 2, 4, 8)
 """How many tokens the kernels are compiled for; more than the last are a GEMM's."""
@@ -35,20 +40,23 @@ Linear = Callable[[Tensor], Tensor]
 class CudaLinear:
     """`x @ weight.T + bias` for a weight in the kernels' layout. Up to 8 tokens are exact: float32 sums of float32 products.
 
-    int8_activations: few tokens by dp4a instead, with activations rounded to 8 bits.
+    int8_kernels: those of INT8_FILES, for few tokens by dp4a instead, with activations rounded to 8 bits.
     """
 
     def __init__(
-        self, weight: KernelWeight, *, bias: Tensor | None, workspace, kernels: Kernels, card: Card, int8_activations: bool = False
+        self,
+        weight: KernelWeight,
+        *,
+        bias: Tensor | None,
+        workspace: "Workspace",
+        card: Card,
+        kernels: Kernels,
+        int8_kernels: Kernels | None = None,
     ) -> None:
-        self.weight, self.workspace, self.kernels = weight, workspace, kernels
+        self.weight, self.workspace, self.card = weight, workspace, card
+        self.kernels, self.int8_kernels = kernels, int8_kernels
         self.bias = None if bias is None else bias.float().contiguous()
         self.gemm_dtype = gemm_dtype(card.capability)
-        self.int8_activations = int8_activations and weight.scales is not None
-        if self.int8_activations and (card.capability < DP4A_FROM or weight.in_features % INPUT_BLOCK):
-            raise InvalidRequest(
-                f"8-bit activations need compute capability 6.1 and inputs by the {INPUT_BLOCK}; leave them float"
-            )
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to float32 [..., out_features]."""
@@ -67,12 +75,13 @@ class CudaLinear:
         """float32 [tokens, in] -> [tokens, out] by a kernel, which adds the bias unless rows are scaled first."""
         weight, tokens = self.weight, len(x)
         y = torch.empty(tokens, weight.out_features, device=x.device)
-        inputs = self._round(x) if self.int8_activations else (x,)
+        inputs, kernels, product = (x,), self.kernels, "gemv"
+        if self.int8_kernels is not None:
+            inputs, kernels, product = self._round(x), self.int8_kernels, "gemv_int8"
         chunks, compiled_for = weight.in_features // CHUNK, next(count for count in TOKENS if count >= tokens)
-        name = f"gemv{'_int8' * self.int8_activations}_{weight.kind}_{compiled_for}"
         bias = self.bias if weight.row_scale is None else None
-        self.kernels.launch(
-            name,
+        kernels.launch(
+            f"{product}_{weight.kind}_{compiled_for}",
             (-(-weight.out_features // ROWS), 1, 1),
             (WARP, min(MAX_WARPS, -(-chunks // WARP)), 1),
             *(weight.codes, weight.scales, weight.offsets, *inputs, bias, y),
@@ -85,7 +94,7 @@ class CudaLinear:
         tokens, blocks = len(x), self.weight.in_features // INPUT_BLOCK
         codes, scales = torch.empty_like(x, dtype=torch.int8), torch.empty(tokens, blocks, device=x.device)
         grid = (-(-blocks // MAX_WARPS), tokens, 1)
-        self.kernels.launch("round_activations", grid, (WARP, MAX_WARPS, 1), x, codes, scales, self.weight.in_features)
+        self.int8_kernels.launch("round_activations", grid, (WARP, MAX_WARPS, 1), x, codes, scales, self.weight.in_features)
         return codes, scales
 
     def expand(self, start: int, stop: int) -> Tensor:
@@ -103,10 +112,23 @@ class CudaLinear:
         return out
 
 
+def with_int8_activations(linear: Linear) -> Linear:
+    """The same linear with activations rounded to 8 bits for few tokens, if its weight is packed in 4 or 8.
+
+    Not exact, so nothing does this unasked. Raises InvalidRequest on a card without dp4a.
+    """
+    if not isinstance(linear, CudaLinear) or linear.weight.scales is None or linear.weight.in_features % INPUT_BLOCK:
+        return linear
+    if linear.card.capability < DP4A_FROM:
+        raise InvalidRequest("8-bit activations need compute capability 6.1 or newer; leave them as they are")
+    given = {name: getattr(linear, name) for name in ("bias", "workspace", "card", "kernels")}
+    return CudaLinear(linear.weight, **given, int8_kernels=kernels_of(linear.weight.codes.device, INT8_FILES))
+
+
 class BnbNf4Linear:
     """NF4 through the kernels of bitsandbytes: its product for few tokens, its dequantizing and a GEMM for many.
 
-    Inputs stay float32, in which its kernels lose nothing and, on 6.x, are faster than in half precision.
+    Inputs stay float32: nothing is lost, and its half-precision kernels multiply in half, which is slow on 6.1.
     """
 
     def __init__(self, tensors: dict[str, Tensor], *, card: Card) -> None:
@@ -158,7 +180,7 @@ def gemm_dtype(capability: tuple[int, int]) -> torch.dtype:
     return next(dtype for lowest, dtype in GEMM_DTYPES if capability >= lowest)
 
 
-def make_cuda_linear(tensors: dict[str, Tensor], *, workspace, gptq_version: int = 1) -> Linear | None:
+def make_cuda_linear(tensors: dict[str, Tensor], *, workspace: "Workspace", gptq_version: int = 1) -> Linear | None:
     """The linear that tensors stand for, on the workspace's GPU; None for a weight that torch itself multiplies (float32)."""
     device = torch.device(workspace.device)
     # cuBLAS may otherwise add partial sums in half precision.

@@ -9,6 +9,7 @@ import hashlib
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from vlquant.errors import MissingDependency
 from vlquant.kept_answers import cache_folder
@@ -19,6 +20,17 @@ FOLDERS = ("nvidia.cuda_nvrtc", "nvidia.cu13", "nvidia.cu14")
 
 LAST_MAJOR = {6: 12, 5: 12}
 """The last CUDA whose compiler knows cards of a major compute capability, where one is the last: 12 for Pascal."""
+
+
+class Program(NamedTuple):
+    """What NVRTC makes of a source."""
+
+    cubin: bytes
+    """Machine code of one compute capability, an ELF file."""
+    ptx: str
+    """The step before it, readable."""
+    log: str
+    """The compiler's remarks."""
 
 
 def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence[str] = ()) -> bytes:
@@ -32,7 +44,7 @@ def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence
     kept = cache_folder() / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.cubin"
     if kept.is_file():
         return kept.read_bytes()
-    cubin, _ = compile_program(library, source, options)
+    cubin = compile_program(library, source, options).cubin
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         replace_bytes(kept, cubin)
@@ -41,8 +53,8 @@ def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence
     return cubin
 
 
-def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -> tuple[bytes, str]:
-    """Machine code and the compiler's remarks. A source that does not compile is our mistake: RuntimeError."""
+def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -> Program:
+    """Compile one module. A source that does not compile is our mistake: RuntimeError."""
     program = ctypes.c_void_p()
     _must(library, library.nvrtcCreateProgram(ctypes.byref(program), source.encode(), b"vlquant.cu", 0, None, None))
     try:
@@ -51,7 +63,8 @@ def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -
         log = _product(library, program, "ProgramLog").rstrip(b"\0").decode()
         if status:
             raise RuntimeError(f"NVRTC: {log}")
-        return _product(library, program, "CUBIN"), log
+        ptx = _product(library, program, "PTX").rstrip(b"\0").decode()
+        return Program(_product(library, program, "CUBIN"), ptx, log)
     finally:
         library.nvrtcDestroyProgram(ctypes.byref(program))
 

@@ -6,14 +6,13 @@ import torch
 from vlquant.bnb import dequantize_int8, dequantize_nf4, quantize_int8, quantize_nf4
 from vlquant.errors import InvalidRequest, UnsupportedCheckpoint
 from vlquant.runtime import cuda_linear
-from vlquant.runtime.cuda_driver import Card
-from vlquant.runtime.cuda_linear import LINEAR_FILES, CudaLinear, gemm_dtype, kernel_weight, make_cuda_linear, multiply
+from vlquant.runtime.cuda_driver import Card, kernel_source
+from vlquant.runtime.cuda_linear import INT8_FILES, LINEAR_FILES, CudaLinear, gemm_dtype, kernel_weight, make_cuda_linear, multiply, with_int8_activations
 from vlquant.runtime.linear import PackedGptqLinear, Workspace, make_linear
 
 from tests import kernel_twin
 from tests.gptq_forms import FORMS, FAMILY_INPUTS, GptqForm
 from tests.kernels_on_cpu import CARD, CpuKernels, cpu_kernels, kernel_names, needs_compiler
-from vlquant.runtime.cuda_driver import kernel_source
 
 pytestmark = needs_compiler
 
@@ -129,7 +128,7 @@ def test_bitsandbytes_nf4(tokens, monkeypatch):
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form.bits != 3], ids=str)
 def test_rounded_activations_equal_the_twin(form):
-    linear = linear_of(form.tensors(), version=form.version, int8_activations=True)
+    linear = linear_of(form.tensors(), version=form.version, int8_kernels=cpu_kernels(INT8_FILES))
     x = inputs(form.shape[1], 3)
     x[1, 32:64] = 0
     ordered = x if linear.weight.order is None else x[:, linear.weight.order]
@@ -153,13 +152,13 @@ def test_lanes_that_part_are_noticed():
         kernels().launch("gemv_4bit_1", (8, 1, 1), (16, 1, 1), *arguments)
 
 
-def test_every_kernel_has_run_by_name():
-    source = kernel_source(LINEAR_FILES)
+def test_the_kernels_are_those_that_are_called():
     formats = ("4bit", "8bit", "bfloat16", "float16")
     expected = {f"gemv_{kind}_{tokens}" for kind in formats for tokens in (1, 2, 4, 8)}
-    expected |= {f"gemv_int8_{kind}_{tokens}" for kind in formats[:2] for tokens in (1, 2, 4, 8)} | {"round_activations"}
     expected |= {f"dequantize_{kind}_{dtype}" for kind in formats[:2] for dtype in ("float16", "float32")}
-    assert set(kernel_names(source)) == expected
+    assert set(kernel_names(kernel_source(LINEAR_FILES))) == expected
+    expected = {f"gemv_int8_{kind}_{tokens}" for kind in formats[:2] for tokens in (1, 2, 4, 8)} | {"round_activations"}
+    assert set(kernel_names(kernel_source(INT8_FILES))) == expected
 
 
 @pytest.mark.parametrize("capability", [(6, 0), (6, 1), (7, 5), (8, 6), (9, 0)])
@@ -168,9 +167,17 @@ def test_many_tokens_are_multiplied_as_the_card_likes_it(capability):
     assert gemm_dtype((5, 2)) == torch.float32
 
 
-def test_rounded_activations_need_a_card_that_has_them():
+def test_rounded_activations_have_to_be_asked_for(monkeypatch):
+    monkeypatch.setattr(cuda_linear, "kernels_of", lambda device, files: cpu_kernels(files))
+    exact = linear_of(GptqForm(4, 64).tensors() | {"bias": torch.ones(32)})
+    assert exact.int8_kernels is None
+    x, rounded = inputs(384, 2), with_int8_activations(exact)
+    assert not torch.equal(rounded(x), exact(x))
+    assert_near(rounded(x), exact(x), 2e-2)
+    stored = linear_of({"weight": inputs(384, 4).half()})
+    assert with_int8_activations(stored) is stored  # a head of 16 bits stays exact
     with pytest.raises(InvalidRequest, match="capability 6.1"):
-        linear_of(GptqForm(4, 64).tensors(), card=Card((6, 0), 56), int8_activations=True)
+        with_int8_activations(linear_of(GptqForm(4, 64).tensors(), card=Card((6, 0), 56)))
 
 
 @pytest.mark.parametrize("group_size", [16, 96])
