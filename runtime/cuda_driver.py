@@ -29,17 +29,20 @@ class Kernels(Protocol):
 
 
 class DriverKernels:
-    """Kernels in the machine code of the current device, launched on torch's current stream."""
+    """Kernels in the machine code of one GPU, launched on torch's current stream there."""
 
-    def __init__(self, cubin: bytes) -> None:
-        self._driver, self._module = _driver(), ctypes.c_void_p()
+    def __init__(self, cubin: bytes, device: torch.device) -> None:
+        self._driver, self._module, self._device = _driver(), ctypes.c_void_p(), device
         self._functions: dict[str, ctypes.c_void_p] = {}
-        _must(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin))
+        with torch.cuda.device(device):
+            torch.cuda.current_stream().synchronize()  # Torch makes its context current, which the module then belongs to.
+            _must(self._driver.cuModuleLoadData(ctypes.byref(self._module), cubin))
 
     def launch(self, name: str, grid: Shape, block: Shape, *arguments: Tensor | int | float | None) -> None:
         parameters, _values = kernel_parameters(arguments)  # The values have to live until the launch has read them.
-        stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
-        _must(self._driver.cuLaunchKernel(self._function(name), *grid, *block, 0, stream, parameters, None))
+        with torch.cuda.device(self._device):
+            stream = ctypes.c_void_p(torch.cuda.current_stream().cuda_stream)
+            _must(self._driver.cuLaunchKernel(self._function(name), *grid, *block, 0, stream, parameters, None))
 
     def _function(self, name: str) -> ctypes.c_void_p:
         if name not in self._functions:
@@ -69,9 +72,7 @@ def card_of(device: torch.device) -> Card:
 @functools.cache
 def kernels_of(device: torch.device, files: tuple[str, ...], defines: tuple[str, ...] = ()) -> Kernels:
     """Files of `cuda_kernels` as one module on a GPU, compiled for it if need be. Raises MissingDependency."""
-    with torch.cuda.device(device):
-        torch.cuda.current_stream().synchronize()  # Torch makes its context current, which modules belong to.
-        return DriverKernels(compile_cubin(kernel_source(files), card_of(device).capability, defines=defines))
+    return DriverKernels(compile_cubin(kernel_source(files), card_of(device).capability, defines=defines), device)
 
 
 def kernel_source(files: Sequence[str]) -> str:

@@ -4,11 +4,12 @@ Knows a decoder and its cache; no text, pictures or files.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, attend, long_rope_scale
+from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, LayerCache, attend, long_rope_scale
 from vlquant.runtime.cuda_attention import open_attention
 
 STEPS_BEFORE_CAPTURE = 3
@@ -38,19 +39,31 @@ def attend_stored(queries: Tensor, keys: Tensor, values: Tensor, first: Tensor, 
     return attend(queries, keys, values, visible[:, None])
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a step stands, on the device."""
+
+    first: Tensor
+    """int32 [batch]: the first position of each row that is no padding."""
+    stored: Tensor
+    """int32 [1]: positions in the cache, that of the step included."""
+    index: Tensor
+    """int64 [1]: the position of the step, in all rows."""
+
+
 class StoredLayer:
     """One layer's buffers, written at a position that a tensor holds; in the place of a LayerCache."""
 
-    def __init__(self, keys: Tensor, values: Tensor, *, first: Tensor, stored: Tensor, attention: Attention) -> None:
-        self.keys, self.values = keys, values
-        self._first, self._stored, self._attention = first, stored, attention
+    def __init__(self, cache: LayerCache, place: "Place", attention: Attention) -> None:
+        self.keys, self.values = cache.keys, cache.values
+        self._place, self._attention = place, attention
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: None) -> Tensor:
         """As LayerCache.attend, for one position per row; which ones it sees is known here."""
-        place = self._stored.long() - 1
-        self.keys.index_copy_(2, place, keys.to(self.keys.dtype))
-        self.values.index_copy_(2, place, values.to(self.values.dtype))
-        return self._attention(queries, self.keys, self.values, self._first, self._stored)
+        place = self._place
+        self.keys.index_copy_(2, place.index, keys.to(self.keys.dtype))
+        self.values.index_copy_(2, place.index, values.to(self.values.dtype))
+        return self._attention(queries, self.keys, self.values, place.first, place.stored)
 
 
 class DecodeStep:
@@ -63,11 +76,13 @@ class DecodeStep:
     def __init__(self, decoder: Decoder, cache: KeyValueCache, attention_mask: Tensor, *, attention: Attention) -> None:
         device = attention_mask.device
         self._decoder = decoder
-        self._first = (~attention_mask.bool()).sum(dim=1).to(torch.int32)  # [batch]
-        self._stored = torch.tensor([cache.length], dtype=torch.int32, device=device)
+        self._place = Place(
+            first=(~attention_mask.bool()).sum(dim=1).to(torch.int32),
+            stored=torch.tensor([cache.length], dtype=torch.int32, device=device),
+            index=torch.tensor([cache.length - 1], device=device),
+        )
         self._ids = torch.zeros(len(attention_mask), 1, dtype=torch.long, device=device)
-        place = dict(first=self._first, stored=self._stored, attention=attention)
-        self._layers = [StoredLayer(each.keys, each.values, **place) for each in cache.layers]
+        self._layers = [StoredLayer(each, self._place, attention) for each in cache.layers]
         self._logits: Tensor | None = None
         self._steps, self._graph = 0, None
 
@@ -84,8 +99,10 @@ class DecodeStep:
 
     def run(self) -> Tensor:
         """One step. Nothing in it waits for the device or depends on what a tensor holds."""
-        self._stored.add_(1)
-        positions = (self._stored - 1 - self._first).long()[:, None]  # [batch, 1]
+        place = self._place
+        place.stored.add_(1)
+        place.index.add_(1)
+        positions = (place.index - place.first)[:, None]  # [batch, 1]
         rotary = rotary_at(positions, self._decoder.config)
         hidden = self._decoder.embed(self._ids).float()
         for layer, stored in zip(self._decoder.layers, self._layers, strict=True):

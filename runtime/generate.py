@@ -9,7 +9,7 @@ from torch import Tensor
 from vlquant.decoder import Decoder
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.decode_step import open_step
-from vlquant.runtime.prefill import open_cache, prefill
+from vlquant.runtime.prefill import prefill
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
 
@@ -81,7 +81,7 @@ class Decoding:
         embeddings, generation = self._embeddings, self._generation
         batch, length, _ = embeddings.shape
         capacity = length + generation.max_new_tokens
-        cache = open_cache(self._decoder.config, batch=batch, capacity=capacity, device=embeddings.device)
+        cache = self._decoder.new_cache(batch=batch, capacity=capacity)
         mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)

@@ -1,20 +1,11 @@
 """A prompt into the cache, on a GPU in parts so that activations of a long one stay small. Knows a decoder, no ids or text."""
 
-import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, rope_depends_on_length
+from vlquant.decoder import Decoder, KeyValueCache, rope_depends_on_length
 
 TOKENS_AT_A_TIME = {"cpu": None, "cuda": 1024}
 """By device; None: all at once. A part expands every weight again, which costs a few percent of its arithmetic at 1024."""
-
-CACHE_DTYPE = {"cpu": torch.float32, "cuda": torch.float16}
-"""How keys and values are stored: on a GPU in half the memory, and nothing is multiplied in it."""
-
-
-def open_cache(config: DecoderConfig, *, batch: int, capacity: int, device: torch.device) -> KeyValueCache:
-    """An empty cache as the device likes it."""
-    return KeyValueCache(config, batch=batch, capacity=capacity, dtype=CACHE_DTYPE[device.type], device=device)
 
 
 def prefill(

@@ -71,3 +71,16 @@ def linear_shapes(member: Member) -> set[tuple[int, int]]:
 FAMILY_SHAPES = sorted(set().union(*map(linear_shapes, MEMBERS.values())))
 FAMILY_INPUTS = sorted({columns for _, columns in FAMILY_SHAPES})
 """What a row's arithmetic depends on."""
+
+
+def random_tensors(shape: tuple[int, int], bits: int, group_size: int = 128) -> dict[str, Tensor]:
+    """GPTQ tensors of a large linear, made without packing: any word is some codes."""
+    out_features, in_features = shape
+    groups, generator = in_features // group_size, torch.Generator().manual_seed(sum(shape))
+    middle = {4: 0x77777777, 8: 0x7F7F7F7F}[bits]
+    return {
+        "qweight": torch.randint(-(2**31), 2**31, (in_features * bits // 32, out_features), dtype=torch.int32, generator=generator),
+        "qzeros": torch.full((groups, out_features * bits // 32), middle, dtype=torch.int32),
+        "scales": torch.randn(groups, out_features, generator=generator).mul(0.01).half(),
+        "g_idx": torch.arange(in_features, dtype=torch.int32) // group_size,
+    }

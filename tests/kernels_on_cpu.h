@@ -4,12 +4,11 @@
 // go on, because lanes of a warp have parted, that is an error here as it is undefined on a GPU.
 
 #include <cmath>
+#include <csetjmp>
 #include <cstddef>
 #include <cstdint>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <tuple>
 #include <ucontext.h>
 #include <utility>
 #include <vector>
@@ -51,15 +50,30 @@ inline int __dp4a(int a, int b, int sum)
     return sum;
 }
 
-struct Fiber { ucontext_t context; std::vector<char> stack; dim3 index; bool finished; };
+// Started once by a context, later resumed by a jump, which needs no system call.
+struct Fiber { ucontext_t context; jmp_buf jump; std::vector<char> stack; dim3 index; bool started, finished; };
 struct Meeting { int members = 0, arrived = 0, round = 0; float values[2][32]; };
 
-static std::vector<Fiber> fibers;
+static Fiber fibers[1024];
 static std::vector<Meeting> warps;
 static Meeting block;
-static ucontext_t scheduler;
-static size_t current;
+static jmp_buf scheduler;
+static int current;
 static bool progress;
+
+static __attribute__((noinline)) void pause_fiber()
+{
+    if (!_setjmp(fibers[current].jump)) _longjmp(scheduler, 1);
+}
+
+static __attribute__((noinline)) void resume_fiber()
+{
+    Fiber& fiber = fibers[current];
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.jump, 1);
+    fiber.started = true;
+    setcontext(&fiber.context);
+}
 
 static void meet(Meeting& meeting)
 {
@@ -69,7 +83,7 @@ static void meet(Meeting& meeting)
         meeting.arrived = 0;
         ++meeting.round;
     }
-    while (meeting.round == round) swapcontext(&fibers[current].context, &scheduler);
+    while (meeting.round == round) pause_fiber();
     threadIdx = fibers[current].index;
 }
 
@@ -97,29 +111,31 @@ static void** body_parameters;
 
 static void run_fiber()
 {
-    threadIdx = fibers[current].index;
-    body(body_parameters);
-    fibers[current].finished = progress = true;
+    for (;;) {  // one block after another
+        threadIdx = fibers[current].index;
+        body(body_parameters);
+        fibers[current].finished = progress = true;
+        pause_fiber();
+    }
 }
 
 // Returns 0, or 1 if threads waited for each other in vain.
 static int run_block()
 {
     const int threads = blockDim.x * blockDim.y * blockDim.z;
-    fibers.resize(threads);
     warps.assign((threads + 31) / 32, Meeting());
     for (auto& warp : warps) warp.members = 32;
     block = Meeting();
     block.members = threads;
     for (int t = 0; t < threads; ++t) {
         Fiber& fiber = fibers[t];
-        fiber.stack.resize(1 << 16);
         fiber.index = {t % blockDim.x, t / blockDim.x % blockDim.y, t / (blockDim.x * blockDim.y)};
         fiber.finished = false;
+        if (fiber.started) continue;
+        fiber.stack.resize(1 << 16);
         getcontext(&fiber.context);
         fiber.context.uc_stack.ss_sp = fiber.stack.data();
         fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = &scheduler;
         makecontext(&fiber.context, run_fiber, 0);
     }
     for (int left = threads; left;) {
@@ -131,10 +147,13 @@ static int run_block()
 #else
             current = turn;
 #endif
-            if (!fibers[current].finished) swapcontext(&scheduler, &fibers[current].context);
+            if (!fibers[current].finished) resume_fiber();
             left += !fibers[current].finished;
         }
-        if (!progress) return 1;
+        if (!progress) {
+            for (Fiber& fiber : fibers) fiber.started = false;
+            return 1;
+        }
     }
     return 0;
 }

@@ -1,6 +1,7 @@
 """What is handed to the driver, which cards a torch runs on, and what is said where there is none."""
 
 import ctypes
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -84,6 +85,9 @@ def test_a_tensor_with_gaps_is_a_mistake():
         kernel_parameters((torch.zeros(4, 4).T[1:],))
 
 
+SECOND = torch.device("cuda:1")
+
+
 class RecordingDriver:
     """libcuda's four functions that are used; remembers launches."""
 
@@ -116,12 +120,25 @@ class RecordingDriver:
 def driver(monkeypatch):
     found = RecordingDriver()
     monkeypatch.setattr(cuda_driver, "_driver", lambda: found)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: SimpleNamespace(cuda_stream=42))
+    current = []
+
+    @contextmanager
+    def device(place):
+        current.append(place)
+        yield
+        current.pop()
+
+    def current_stream():
+        assert current == [SECOND]
+        return SimpleNamespace(cuda_stream=42, synchronize=lambda: None)
+
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
     return found
 
 
-def test_a_launch_goes_to_torchs_stream(driver):
-    kernels = DriverKernels(b"machine code")
+def test_a_launch_goes_to_torchs_stream_of_its_device(driver):
+    kernels = DriverKernels(b"machine code", SECOND)
     for _ in range(2):
         kernels.launch("gemv_4bit_1", (7, 2, 1), (32, 4, 1), torch.zeros(1), 9)
     kernels.launch("other", (1, 1, 1), (32, 1, 1), None, 8)
@@ -132,7 +149,7 @@ def test_a_launch_goes_to_torchs_stream(driver):
 def test_a_launch_that_fails_is_told(driver):
     driver.status = 1
     with pytest.raises(RuntimeError, match="CUDA_ERROR_INVALID_VALUE"):
-        DriverKernels(b"machine code").launch("any", (1, 1, 1), (1, 1, 1), None, 1)
+        DriverKernels(b"machine code", SECOND).launch("any", (1, 1, 1), (1, 1, 1), None, 1)
 
 
 def test_no_driver_is_one_sentence(monkeypatch):
@@ -142,4 +159,4 @@ def test_no_driver_is_one_sentence(monkeypatch):
     monkeypatch.setattr(ctypes, "CDLL", absent)
     cuda_driver._driver.cache_clear()
     with pytest.raises(MissingDependency, match="libcuda.so.1; install it, or choose --device cpu"):
-        DriverKernels(b"machine code")
+        DriverKernels(b"machine code", SECOND)

@@ -4,9 +4,7 @@ import pytest
 import torch
 
 from vlquant.decoder import rope_depends_on_length
-from vlquant.runtime.prefill import open_cache, prefill
-
-CPU = torch.device("cpu")
+from vlquant.runtime.prefill import prefill
 
 
 def prompt(decoder, length, padding):
@@ -17,7 +15,7 @@ def prompt(decoder, length, padding):
 
 
 def outcome(decoder, embeddings, mask, **options):
-    cache = open_cache(decoder.config, batch=2, capacity=embeddings.shape[1], device=CPU)
+    cache = decoder.new_cache(batch=2, capacity=embeddings.shape[1])
     return prefill(decoder, embeddings, mask, cache, **options), cache
 
 
