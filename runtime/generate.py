@@ -86,14 +86,9 @@ class Decoding:
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)
         unfinished = set(range(batch))
-        for step in range(generation.max_new_tokens):
-            if step == 0:
-                logits = prefill(self._decoder, embeddings, mask[:, :length], cache)
-                on_device = open_step(self._decoder, cache, mask[:, :length])
-            elif on_device:
-                logits = on_device(ids)
-            else:
-                logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=cache)[:, -1]
+        logits = prefill(self._decoder, embeddings, mask[:, :length], cache)
+        on_device = open_step(self._decoder, cache, mask[:, :length])
+        for seen in range(length + 1, capacity + 1):
             ids = choose(shape_logits(logits, self.rows, generation), generators)
             for row in set(range(batch)) - unfinished:
                 ids[row] = self._ending.pad_id
@@ -101,9 +96,13 @@ class Decoding:
                 self.rows[row].append(int(ids[row]))
             unfinished = {row for row in unfinished if not self._ended(self.rows[row])}
             yield ids
-            if not unfinished:
+            if not unfinished or seen == capacity:
                 return
-            embeddings = self._decoder.embed(ids[:, None]).float()
+            if on_device is not None:
+                logits = on_device(ids)
+            else:
+                embeddings = self._decoder.embed(ids[:, None]).float()
+                logits = self._decoder(embeddings, attention_mask=mask[:, :seen], cache=cache)[:, -1]
 
     def _ended(self, ids: list[int]) -> bool:
         return ids[-1] == self._ending.stop_id or self._ending.reached(ids)
