@@ -112,7 +112,7 @@ class DecodeStep:
     def _capture(self) -> None:
         # Capturing records the step without doing it; the replay then does.
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):  # what other threads do there is their affair
             self._logits = self.run()
         self._graph.replay()
 

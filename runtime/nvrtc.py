@@ -18,9 +18,6 @@ from vlquant.publishing import replace_bytes
 FOLDERS = ("nvidia.cuda_nvrtc", "nvidia.cu13", "nvidia.cu14")
 """Packages whose lib/ holds NVRTC: its own wheel for CUDA 12, that of everything since."""
 
-LAST_MAJOR = {6: 12, 5: 12}
-"""The last CUDA whose compiler knows cards of a major compute capability, where one is the last: 12 for Pascal."""
-
 
 class Program(NamedTuple):
     """What NVRTC makes of a source."""
@@ -71,16 +68,23 @@ def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -
 
 def load_nvrtc(capability: tuple[int, int]) -> ctypes.CDLL:
     """The newest NVRTC here that compiles for a card. Raises MissingDependency."""
-    last = LAST_MAJOR.get(capability[0])
     for path in nvrtc_paths():
         library = _open(path)
-        if library and (last is None or nvrtc_version(library)[0] <= last):
+        if library and 10 * capability[0] + capability[1] in known_architectures(library):
             return library
-    card = "compute capability {}.{}".format(*capability)
     raise MissingDependency(
-        f"--device cuda compiles its kernels with NVRTC{f' {last}' if last else ''}, and none is here that knows {card}; "
-        "run pip install nvidia-cuda-nvrtc-cu12, or choose --device cpu"
+        "--device cuda compiles its kernels with NVRTC, and none is here that knows compute capability {}.{}; run pip install "
+        "nvidia-cuda-nvrtc-cu12 (CUDA 13 dropped everything before 7.5), or choose --device cpu".format(*capability)
     )
+
+
+def known_architectures(library: ctypes.CDLL) -> list[int]:
+    """What an NVRTC compiles for: 61 is compute capability 6.1."""
+    count = ctypes.c_int()
+    _must(library, library.nvrtcGetNumSupportedArchs(ctypes.byref(count)))
+    architectures = (ctypes.c_int * count.value)()
+    _must(library, library.nvrtcGetSupportedArchs(architectures))
+    return list(architectures)
 
 
 def nvrtc_paths() -> list[str]:

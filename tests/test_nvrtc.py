@@ -151,12 +151,15 @@ def test_a_source_with_a_mistake_is_shown_with_its_line(cache):
 
 def test_no_compiler_at_all(cache, monkeypatch):
     monkeypatch.setattr(nvrtc, "nvrtc_paths", lambda: ["libnvrtc-that-is-not-here.so"])
-    with pytest.raises(MissingDependency, match="pip install nvidia-cuda-nvrtc-cu12, or choose --device cpu"):
+    with pytest.raises(MissingDependency, match="pip install nvidia-cuda-nvrtc-cu12 .*, or choose --device cpu"):
         compile_cubin(TINY, (8, 6))
 
 
-def test_a_compiler_that_dropped_pascal_is_passed_over(monkeypatch):
-    monkeypatch.setattr(nvrtc, "nvrtc_version", lambda library: (13, 0))
+def test_a_compiler_that_does_not_know_a_card_is_passed_over(monkeypatch):
+    """CUDA 13's for Pascal, an old one for a new card."""
+    with pytest.raises(MissingDependency, match="none is here that knows compute capability 99.0"):
+        load_nvrtc((99, 0))
+    monkeypatch.setattr(nvrtc, "known_architectures", lambda library: [75, 80, 86, 90, 100, 120])
     assert load_nvrtc((7, 5))
-    with pytest.raises(MissingDependency, match="NVRTC 12, and none is here that knows compute capability 6.1"):
+    with pytest.raises(MissingDependency, match="none is here that knows compute capability 6.1; .*CUDA 13 dropped"):
         load_nvrtc((6, 1))
