@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from vlquant.decoder import DecoderConfig
-from vlquant.runtime.cuda_driver import Card, Kernels, card_of, kernels_of
+from vlquant.runtime.cuda_driver import MAX_WARPS, WARP, Card, Kernels, card_of, kernels_of
 
 ATTENTION_FILES = ("numbers", "attention")
-WARP, MAX_WARPS = 32, 4
 SLICE = 8
 """Features that a lane takes at a time, as in attention.cu."""
 BLOCKS_PER_PROCESSOR = 4

@@ -18,6 +18,9 @@ from vlquant.runtime.nvrtc import compile_cubin
 
 KERNEL_FOLDER = Path(__file__).parent / "cuda_kernels"
 
+WARP, MAX_WARPS = 32, 4
+"""Lanes of a warp, and most warps of a block, as in numbers.cu."""
+
 Shape = tuple[int, int, int]
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vlquant.errors import InvalidRequest
-from vlquant.runtime.cuda_driver import Card, Kernels, card_of, kernels_of
+from vlquant.runtime.cuda_driver import MAX_WARPS, WARP, Card, Kernels, card_of, kernels_of
 from vlquant.runtime.cuda_layout import CHUNK, KINDS, KernelWeight, lay_out_float, lay_out_gptq, lay_out_int8
 
 if TYPE_CHECKING:
@@ -20,7 +20,6 @@ TOKENS = (1, 2, 4, 8)
 """How many tokens the kernels are compiled for; more than the last are a GEMM's."""
 ROWS = 4
 """Rows of one block, as in gemv.cu."""
-WARP, MAX_WARPS = 32, 4
 INPUT_BLOCK = 32
 """Columns that share one scale of 8-bit activations, as in gemv_int8.cu."""
 EXPANDED = 64 * 2**20
@@ -137,8 +136,10 @@ class BnbNf4Linear:
         self.packed, bias = tensors["weight"], tensors.get("bias")
         self.bias = None if bias is None else bias.float()
         parts = {name: each for name, each in tensors.items() if name.startswith("weight.")}
-        self.state = QuantState.from_dict(parts, device=self.packed.device)
         self.gemm_dtype = gemm_dtype(card.capability)
+        # A state says what its weight is expanded to, and remembers the checkpoint's bfloat16.
+        self.state, self.expanding = (QuantState.from_dict(dict(parts), device=self.packed.device) for _ in range(2))
+        self.state.dtype, self.expanding.dtype = torch.float32, self.gemm_dtype
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map `x` [..., in_features] to float32 [..., out_features]."""
@@ -156,14 +157,14 @@ class BnbNf4Linear:
         """Rows start .. stop of the weight; all are expanded, as bitsandbytes has it."""
         from bitsandbytes.functional import dequantize_4bit
 
-        return dequantize_4bit(self.packed, self.state)[start:stop]
+        return dequantize_4bit(self.packed, self.expanding)[start:stop]
 
 
 def multiply(x: Tensor, expand: Callable[[int, int], Tensor], out_features: int, dtype: torch.dtype) -> Tensor:
     """`x @ weight.T` in float32 [tokens, out], for float32 x [tokens, in] and a weight expanded block by block.
 
-    In float16, rows of x are first divided by a power of two that brings their largest value to 0.5 .. 1, so that neither
-    activations nor results leave its range, however large a model's are.
+    In float16, rows of x are first divided by a power of two that brings their largest value to 0.5 .. 1: however large a
+    model's activations are, they stay within its range, and so do results for weights below 2 (30,000 inputs at worst).
     """
     if dtype == torch.float16:
         _, exponents = torch.frexp(x.abs().amax(dim=1, keepdim=True))

@@ -6,8 +6,9 @@ adds), lane by lane in the first axis of every array. Float32 throughout, as the
 
 import numpy as np
 
+from vlquant.runtime.cuda_driver import MAX_WARPS, WARP
 from vlquant.runtime.cuda_layout import CHUNK, KernelWeight
-from vlquant.runtime.cuda_linear import INPUT_BLOCK, MAX_WARPS, ROWS, WARP
+from vlquant.runtime.cuda_linear import INPUT_BLOCK, ROWS
 
 MAGIC = np.uint32(0x4B000000)
 WORDS = {"4bit": 1, "8bit": 2, "float16": 4, "bfloat16": 4}

@@ -115,11 +115,12 @@ def test_bitsandbytes_int8(tokens):
     assert_near(linear_of(tensors)(x), expected, 1e-6 if tokens <= 8 else 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tokens", [1, 5, 12])
-def test_bitsandbytes_nf4(tokens, monkeypatch):
+def test_bitsandbytes_nf4(tokens, dtype, monkeypatch):
     """Through that library's own kernels, which it has for the CPU too."""
     monkeypatch.setattr(cuda_linear, "card_of", lambda device: CARD)
-    tensors = quantize_nf4(inputs(256, 64) * 0.05) | {"bias": torch.linspace(-1, 1, 64)}
+    tensors = quantize_nf4((inputs(256, 64) * 0.05).to(dtype)) | {"bias": torch.linspace(-1, 1, 64)}
     x = inputs(256, tokens)
     expected = x.double() @ dequantize_nf4(tensors).double().T + tensors["bias"]
     linear = make_cuda_linear(tensors, workspace=Workspace())
