@@ -10,6 +10,8 @@ from vlquant.decoder import Decoder
 from vlquant.runtime.conversation_cache import ConversationCache, OpenCache
 from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.errors import InvalidRequest
+from vlquant.runtime.decode_step import open_step
+from vlquant.runtime.prefill import prefill
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
 
@@ -98,15 +100,17 @@ class Decoding:
 
     @torch.inference_mode()
     def _steps(self, opened: OpenCache) -> Iterator[Tensor]:
-        generation, embeddings = self._generation, self._embeddings[:, opened.reused :]
+        generation, embeddings, cache = self._generation, self._embeddings[:, opened.reused :], opened.cache
         batch, length = self._attention_mask.shape
-        mask = torch.ones(batch, length + generation.max_new_tokens, dtype=torch.bool, device=embeddings.device)
+        capacity = length + generation.max_new_tokens
+        mask = torch.ones(batch, capacity, dtype=torch.bool, device=embeddings.device)
         mask[:, :length] = self._attention_mask
         generators = _generators(generation, batch, embeddings.device)
         unfinished = set(range(batch))
-        for step in range(generation.max_new_tokens):
-            logits = self._decoder(embeddings, attention_mask=mask[:, : length + step], cache=opened.cache)[:, -1]
-            opened.rows.append(embeddings[0])
+        logits = prefill(self._decoder, embeddings, mask[:, :length], cache)
+        opened.rows.append(embeddings[0])
+        on_device = open_step(self._decoder, cache, mask[:, :length])
+        for seen in range(length + 1, capacity + 1):
             ids = choose(shape_logits(logits, self.rows, generation), generators)
             for row in set(range(batch)) - unfinished:
                 ids[row] = self._ending.pad_id
@@ -114,9 +118,14 @@ class Decoding:
                 self.rows[row].append(int(ids[row]))
             unfinished = {row for row in unfinished if not self._ended(self.rows[row])}
             yield ids
-            if not unfinished:
+            if not unfinished or seen == capacity:
                 return
-            embeddings = self._decoder.embed(ids[:, None]).float()
+            if on_device is not None:
+                logits = on_device(ids)
+            else:
+                embeddings = self._decoder.embed(ids[:, None]).float()
+                logits = self._decoder(embeddings, attention_mask=mask[:, :seen], cache=cache)[:, -1]
+                opened.rows.append(embeddings[0])
 
     def _ended(self, ids: list[int]) -> bool:
         return ids[-1] == self._ending.stop_id or self._ending.reached(ids)

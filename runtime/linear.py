@@ -13,6 +13,7 @@ from vlquant.bnb import nf4_block_maxima, nf4_state
 from vlquant.decoder import FloatLinear, Linear
 from vlquant.errors import UnsupportedCheckpoint
 from vlquant.packing import symmetric_zero, unpack_gptq
+from vlquant.runtime.cuda_linear import make_cuda_linear
 
 BLOCK_ELEMENTS = 16 * 2**20
 """Weights expanded at a time: 64 MiB of float32. Measured: smaller blocks lose to thread start-up."""
@@ -171,6 +172,10 @@ class PackedInt8Linear(PackedLinear):
 
 def make_linear(tensors: dict[str, Tensor], *, workspace: Workspace, gptq_version: int = 1) -> Linear:
     """The linear that tensors stand for, told by their names: {"qweight", ...}, {"weight", "SCB"}, {"weight", "bias"} ..."""
+    if torch.device(workspace.device).type == "cuda":
+        linear = make_cuda_linear(tensors, workspace=workspace, gptq_version=gptq_version)
+        if linear is not None:
+            return linear
     if "qweight" in tensors:
         return PackedGptqLinear(tensors, workspace=workspace, gptq_version=gptq_version)
     if "weight.absmax" in tensors:

@@ -13,6 +13,7 @@ from vlquant.decoder import DecoderConfig
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.request import EncodedRequest, Request, encode_request
+from vlquant.runtime.cuda_driver import require_code_for
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.messages import Prompt, as_request
 from vlquant.runtime.video import with_frames
@@ -66,6 +67,8 @@ def require_device(name: str) -> torch.device:
         )
     if device.type not in ("cpu", "cuda"):
         raise InvalidRequest(f"device {name!r} is not supported; use cpu, cuda or cuda:1")
+    if device.type == "cuda":
+        require_code_for(device)
     return device
 
 

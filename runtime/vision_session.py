@@ -23,6 +23,9 @@ PREFERRED = {"cpu": ("int8", "fp32", "fp16"), "cuda": ("fp16", "fp32")}
 # on two CPU cores took 3.9 s a tile and 1.5 GB at 1, 4.4 s and 1.8 GB at 4, 4.2 s and 2.3 GB at 8.
 PIXELS_PER_RUN = 448 * 448
 
+ARENA_BEYOND_WEIGHTS = 2 * 2**30
+"""Bytes of a GPU that a run may take for activations: several times what one takes on a CPU (0.3 GB)."""
+
 
 class OnnxVision:
     """The exported vision tower; a call turns pixel values into visual tokens."""
@@ -54,10 +57,14 @@ class OnnxVision:
     def _run(self, pixels: Tensor, features: Tensor) -> None:
         """Let ONNX Runtime read from and write into the memory of the two tensors."""
         binding = self._session.io_binding()
-        place = pixels.device.type, pixels.device.index or 0, np.float32
-        binding.bind_input("pixel_values", *place, tuple(pixels.shape), pixels.data_ptr())
-        binding.bind_output("features", *place, tuple(features.shape), features.data_ptr())
+        bind(binding, pixels, features)
         self._session.run_with_iobinding(binding)
+
+
+def bind(binding, pixels: Tensor, features: Tensor) -> None:
+    """Hand two contiguous float32 tensors to an ONNX Runtime binding by address, wherever they are."""
+    for name, tensor, accept in (("pixel_values", pixels, binding.bind_input), ("features", features, binding.bind_output)):
+        accept(name, tensor.device.type, tensor.device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
 
 
 class MissingVision:
@@ -140,7 +147,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     falling back to the CPU; BrokenCheckpoint if ONNX Runtime cannot read the files.
     """
     onnxruntime = import_onnxruntime()
-    provider, provider_options = _provider(onnxruntime, device)
+    provider, provider_options = _provider(onnxruntime, device, path)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.log_severity_level = 3
@@ -169,7 +176,7 @@ def import_onnxruntime():
     return onnxruntime
 
 
-def _provider(onnxruntime, device: torch.device) -> tuple[str, dict]:
+def _provider(onnxruntime, device: torch.device, path: Path) -> tuple[str, dict]:
     if device.type == "cpu":
         return "CPUExecutionProvider", {}
     if device.type != "cuda" or "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
@@ -179,9 +186,19 @@ def _provider(onnxruntime, device: torch.device) -> tuple[str, dict]:
         )
     if hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA and cuDNN from the wheels that torch brought
-    # TF32 would cost three digits. The arena otherwise doubles, which a small card does not have room for.
-    options = {"device_id": device.index or 0, "use_tf32": 0, "arena_extend_strategy": "kSameAsRequested"}
-    return "CUDAExecutionProvider", options
+    weights = sum(each.stat().st_size for each in path.parent.glob("model.*"))
+    return "CUDAExecutionProvider", cuda_options(device, weights)
+
+
+def cuda_options(device: torch.device, weight_bytes: int) -> dict[str, int | str]:
+    """How ONNX Runtime uses a GPU for a tower of so many bytes: exactly, and within bounds."""
+    return {
+        "device_id": device.index or 0,
+        "use_tf32": 0,  # would cost three digits
+        "arena_extend_strategy": "kSameAsRequested",  # otherwise it doubles, which a small card does not have room for
+        "gpu_mem_limit": weight_bytes + ARENA_BEYOND_WEIGHTS,
+        "cudnn_conv_algo_search": "HEURISTIC",  # trying all of them takes gigabytes of workspace
+    }
 
 
 def _first_line(error: Exception) -> str:

@@ -30,6 +30,7 @@ def test_a_limit_of_memory_needs_a_gpu_that_has_it(monkeypatch):
     limits = []
     card = type("Card", (), {"total_memory": 11_000_000_000})
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr("vlquant.runtime.reader.require_code_for", lambda device: None)
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, device: limits.append((share, device)))
     with pytest.raises(InvalidRequest, match="no part of the 11.0 GB"):
         rehearsal.limit_memory("cuda", 12)

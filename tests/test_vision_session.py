@@ -2,14 +2,16 @@
 
 import json
 import sys
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, UnsupportedCheckpoint
 from vlquant.export.vision import export_vision
 from vlquant.model import open_model
-from vlquant.runtime.vision_session import OnnxVision, TorchVision, tiles_per_run
+from vlquant.runtime.vision_session import OnnxVision, TorchVision, bind, tiles_per_run
 from vlquant.tiling import cut_tiles, normalize
 
 from tests.golden_folder import golden_folder
@@ -123,6 +125,49 @@ def test_cuda_that_does_not_start_is_an_error(folder, monkeypatch):
     monkeypatch.setattr("onnxruntime.InferenceSession.get_providers", lambda session: ["CPUExecutionProvider"])
     with pytest.raises(MissingDependency, match="did not start"):
         OnnxVision(folder, "cuda")
+
+
+def test_tensors_are_bound_where_they_are(folder):
+    """The device is data: the same lines bind a GPU's memory, of which this machine has a tensor without storage at most."""
+    session, pixels = OnnxVision(folder)._session, tiles(2)
+    features = torch.full((2, *OnnxVision(folder)._feature_shape), float("nan"))
+    binding = session.io_binding()
+    bind(binding, pixels, features)
+    session.run_with_iobinding(binding)
+    (value,) = binding.get_outputs()
+    assert (value.device_name(), value.data_ptr()) == ("cpu", features.data_ptr())
+    torch.testing.assert_close(features, OnnxVision(folder)(pixels), atol=0, rtol=0)
+    assert torch.equal(torch.from_numpy(value.numpy()), features)
+
+
+def test_memory_of_a_gpu_is_named_by_its_number():
+    bound = []
+    binding = SimpleNamespace(bind_input=lambda *each: bound.append(each), bind_output=lambda *each: bound.append(each))
+    pixels, features = (SimpleNamespace(device=torch.device("cuda:1"), shape=(2, size), data_ptr=lambda at=size: at) for size in (3, 5))
+    bind(binding, pixels, features)
+    assert bound == [("pixel_values", "cuda", 1, np.float32, (2, 3), 3), ("features", "cuda", 1, np.float32, (2, 5), 5)]
+
+
+def test_a_gpu_is_used_within_bounds(folder, monkeypatch):
+    """What ONNX Runtime is asked for: no doubling arena, a limit, no search that takes gigabytes."""
+    asked = []
+    monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CUDAExecutionProvider"])
+    monkeypatch.setattr("onnxruntime.preload_dlls", lambda: None, raising=False)
+
+    class Session:
+        def __init__(self, path, options, providers):
+            asked.extend(providers)
+
+        def get_providers(self):
+            return ["CUDAExecutionProvider"]
+
+    monkeypatch.setattr("onnxruntime.InferenceSession", Session)
+    OnnxVision(folder, "cuda:1")
+    ((provider, options),) = asked
+    size = sum((folder / name).stat().st_size for name in ("model.onnx", "model.data"))
+    assert provider == "CUDAExecutionProvider" and options["device_id"] == 1
+    assert options["arena_extend_strategy"] == "kSameAsRequested" and options["use_tf32"] == 0
+    assert options["gpu_mem_limit"] == size + 2 * 2**30
 
 
 @pytest.mark.gpu

@@ -27,6 +27,9 @@ LINEARS = (
 )
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
+CACHE_DTYPES = {"cpu": torch.float32, "cuda": torch.float16}
+"""How keys and values are stored: on a GPU in half the memory. Nothing is multiplied in float16."""
+
 
 @dataclass(frozen=True)
 class LongRope:
@@ -154,6 +157,10 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
     batch, heads, length, head_dim = queries.shape
     groups = heads // keys.shape[1]
     if visible is None and length > 1:
+        if queries.is_cuda:
+            # There the kernels that need no matrix of scores know no groups; of one layer at a time the copies are small.
+            keys, values = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (keys, values))
+            return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
         return F.scaled_dot_product_attention(
             queries, keys, values, is_causal=True, enable_gqa=groups > 1
         )
@@ -177,6 +184,11 @@ class LayerCache:
         self.values[:, :, self.length : end] = values
         self.length = end
         return self.keys[:, :, :end], self.values[:, :, :end]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+        """Store new keys and values, and attend over all so far; arguments as in `attend`."""
+        keys, values = self.append(keys, values)
+        return attend(queries, keys.to(queries.dtype), values.to(queries.dtype), visible)
 
 
 class KeyValueCache:
@@ -238,9 +250,7 @@ class DecoderLayer:
             queries = rms_norm(queries, self.norms["self_attn.q_norm"], self.config.norm_eps)
             keys = rms_norm(keys, self.norms["self_attn.k_norm"], self.config.norm_eps)
         queries, keys = rotate(queries, rotary), rotate(keys, rotary)
-        if cache is not None:
-            keys, values = cache.append(keys, values)
-        mixed = attend(queries, keys, values, visible)
+        mixed = (cache.attend if cache is not None else attend)(queries, keys, values, visible)
         return self.linears["self_attn.o_proj"](mixed.transpose(1, 2).flatten(2))  # [batch, length, hidden]
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -280,7 +290,8 @@ class Decoder:
         """An empty cache for conversations of `capacity` positions; raises InvalidRequest for other bits than 32."""
         if bits != 32:
             raise InvalidRequest("a key-value cache of 8 bits needs the compiled CPU kernels; leave --cache-bits at 32 here")
-        return KeyValueCache(self.config, batch=batch, capacity=capacity, device=self.device)
+        dtype = CACHE_DTYPES[self.device.type]
+        return KeyValueCache(self.config, batch=batch, capacity=capacity, dtype=dtype, device=self.device)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""

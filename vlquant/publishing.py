@@ -185,9 +185,14 @@ def write_whole(path: Path, text: str) -> None:
 
 def replace_text(path: Path, text: str) -> None:
     """Write a text file in one step that survives a power failure; raises OSError, and then nothing is left of it."""
+    replace_bytes(path, text.encode("utf-8"))
+
+
+def replace_bytes(path: Path, data: bytes) -> None:
+    """The same for any file."""
     partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
     try:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(data)
         flush_entry(partial)
         partial.rename(path)
         flush_entry(path.parent)

@@ -1,0 +1,54 @@
+"""A prompt that goes in by parts leaves the same logits and cache as one that goes in whole."""
+
+import pytest
+import torch
+
+from vlquant.decoder import rope_depends_on_length
+from vlquant.runtime.prefill import prefill
+
+
+def prompt(decoder, length, padding):
+    embeddings = torch.randn(2, length, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1)) * 0.1
+    mask = torch.ones(2, length, dtype=torch.bool)
+    mask[1, :padding] = False
+    return embeddings, mask
+
+
+def outcome(decoder, embeddings, mask, **options):
+    cache = decoder.new_cache(batch=2, capacity=embeddings.shape[1])
+    return prefill(decoder, embeddings, mask, cache, **options), cache
+
+
+@pytest.mark.parametrize("padding", [0, 3, 6], ids="padded by {}".format)
+@pytest.mark.parametrize("at_a_time", [1, 5, 8, 100])
+@torch.inference_mode()
+def test_parts_equal_the_whole(case, padding, at_a_time):
+    embeddings, mask = prompt(case.decoder, 13, padding)
+    whole, whole_cache = outcome(case.decoder, embeddings, mask)
+    parts, cache = outcome(case.decoder, embeddings, mask, at_a_time=at_a_time)
+    torch.testing.assert_close(parts, whole, atol=2e-5, rtol=1e-5)
+    for one, other in zip(cache.layers, whole_cache.layers, strict=True):
+        assert one.length == other.length == 13
+        torch.testing.assert_close(one.keys[1, :, padding:], other.keys[1, :, padding:], atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(one.values[0], other.values[0], atol=2e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_prompt_that_changes_the_rope_goes_in_whole(named_case, monkeypatch):
+    """Keys of the original are all rotated for the whole prompt's length."""
+    decoder = named_case("internlm2_chat_ntk").decoder
+    length = decoder.config.max_positions + 1
+    assert rope_depends_on_length(decoder.config, length)
+    lengths = []
+
+    def recorded(embeddings, **options):
+        lengths.append(embeddings.shape[1])
+        return torch.zeros(2, 1, 3)
+
+    recorded.config = decoder.config
+    embeddings, mask = prompt(decoder, length, 0)
+    prefill(recorded, embeddings, mask, None, at_a_time=100)
+    prefill(recorded, embeddings[:, :-1], mask[:, :-1], None, at_a_time=length - 2)
+    assert lengths == [length, length - 2, 1]
+
+
