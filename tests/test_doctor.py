@@ -20,7 +20,7 @@ CPU_LINE = "pip install -e '.[cpu]' -c vlquant/pins/cpu.txt"
 GPU_LINE = "pip install -e '.[gpu]' -c vlquant/pins/cpu.txt"
 PASCAL_LINE = "pip install -e '.[gpu]' -c vlquant/pins/pascal.txt"
 GPTQ, NF4, INT8, FP32, FP16, MARLIN, VISION_INT8 = (
-    "GPTQ 4 and 8 bit, own kernels", "NF4 (bitsandbytes)", "LLM.int8 (bitsandbytes)", "vision fp32", "vision fp16", "Marlin (GPTQModel)", "vision int8",
+    "GPTQ 4 and 8 bit (own kernels)", "NF4 (bitsandbytes)", "LLM.int8 (bitsandbytes)", "vision fp32", "vision fp16", "Marlin (GPTQModel)", "vision int8",
 )  # fmt: skip
 
 
@@ -56,7 +56,7 @@ def test_later_cards_with_todays_wheels(card, marlin):
 
 def test_marlin_needs_gptqmodel():
     [row] = [row for row in doctor(todays_set("H200")).cards[0].rows if row.name == MARLIN]
-    assert (row.runs, row.why) == (NO, "gptqmodel is not there")
+    assert (row.runs, row.why) == (NO, "gptqmodel is not installed, or does not load")
 
 
 def test_the_pascal_set_serves_later_cards_too():
@@ -153,8 +153,8 @@ def test_a_mismatch_of_cuda_is_named_beside_the_loaders_words():
 
 def test_a_card_older_than_every_set_stays_idle():
     diagnosis = doctor(pascal_set("970"))
-    assert (UNUSED, "all") in found(diagnosis) and set(runs(diagnosis).values()) == {NO}
-    assert diagnosis.install == (CPU_LINE,)
+    assert found(diagnosis) == [(UNUSED, "all")] and set(runs(diagnosis).values()) == {NO}
+    assert (diagnosis.install, diagnosis.exit_code) == ((CPU_LINE,), 0)
 
 
 def test_a_card_that_its_driver_dropped_is_found_on_the_bus():
@@ -174,7 +174,13 @@ def test_two_cards_are_judged_each_by_itself_and_get_the_set_that_serves_both():
     machine = todays_set("T4", gpus=(CARDS["3090"], CARDS["1080 Ti"]))
     diagnosis = doctor(machine)
     assert (runs(diagnosis, 0)[NF4], runs(diagnosis, 1)[NF4]) == (YES, NO)
-    assert diagnosis.install == (PASCAL_LINE,) and all(PASCAL_LINE in each.mend for each in diagnosis.findings)
+    assert all(PASCAL_LINE in each.mend for each in diagnosis.findings)
+    assert diagnosis.install == (f"pip uninstall -y torch nvidia-cudnn-cu13 onnxruntime-gpu bitsandbytes && {PASCAL_LINE}",)
+
+
+def test_one_command_mends_everything_at_once():
+    machine = pascal_set("1080 Ti", versions={"onnxruntime": "1.31.1", "torch": "2.15.0"}, torch=CUDA132)
+    assert doctor(machine).install == (f"pip uninstall -y onnxruntime onnxruntime-gpu torch nvidia-cudnn-cu12 bitsandbytes && {PASCAL_LINE}",)
 
 
 def test_the_same_card_twice_is_told_once():
@@ -197,7 +203,8 @@ def test_without_onnx_runtime_vlquant_still_runs():
 
 
 def test_every_command_is_one_of_readme():
-    lines = {each for machine, *_ in BREAKAGES.values() for each in doctor(machine).install} | set(doctor(NO_GPU).install)
+    machines = [NO_GPU, *(machine for machine, *_ in BREAKAGES.values())]
+    lines = {line.rpartition(" && ")[2] for machine in machines for line in doctor(machine).install}
     readme = (ROOT / "README.md").read_text()
     assert lines == {CPU_LINE, GPU_LINE, PASCAL_LINE}
     assert CPU_LINE in readme and PASCAL_LINE in readme and "`'.[gpu]'` for ONNX Runtime on CUDA" in readme

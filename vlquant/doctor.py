@@ -47,7 +47,7 @@ class Diagnosis:
     cards: tuple[Card, ...]
     verdict: tuple[str, ...]
     install: tuple[str, ...]
-    """Commands that give what this machine can run, from the pinned sets."""
+    """Commands that give what this machine can run, from the pinned sets, all that is broken replaced."""
     exit_code: int
     """0: vlquant can run, with or without a GPU; 3: something installed is broken."""
 
@@ -56,12 +56,13 @@ def doctor(probes: Probes) -> Diagnosis:
     """Judge a machine. No GPU is nothing bad; a build that has no code for the GPU that is there is."""
     findings = tuple(dict.fromkeys(chain.from_iterable(rule(probes) for rule in RULES)))
     cards = tuple(card(gpu, probes, findings) for gpu in probes.gpus)
+    replaced = chain.from_iterable(each.replace for each in findings)
     return Diagnosis(
         facts=tuple(facts(probes)),
         findings=findings,
         cards=cards,
-        verdict=tuple(verdict(probes, findings, cards)),
-        install=tuple(dict.fromkeys(install_lines(probes))),
+        verdict=tuple(verdict(probes, cards)),
+        install=tuple(dict.fromkeys(install_lines(probes, remove=tuple(dict.fromkeys(replaced))))),
         exit_code=BROKEN_EXIT_CODE if any(each.severity == BROKEN for each in findings) else 0,
     )
 
@@ -83,7 +84,7 @@ def row(ability: support.Ability, capability: Capability, probes: Probes, findin
         if each.severity in (BROKEN, UNUSED):
             return Row(ability.name, NO, each.sentence)
     if missing := [part for part in ability.needs if not is_there(part, probes)]:
-        return Row(ability.name, NO, f"{missing[0]} is not there")
+        return Row(ability.name, NO, f"{missing[0]} is not installed, or does not load")
     slow = next((each.sentence for each in concerned if each.severity == SLOW), None)
     return Row(ability.name, SLOW, slow) if slow else Row(ability.name, YES, ability.why)
 
@@ -94,10 +95,9 @@ def is_there(part: str, probes: Probes) -> bool:
     return bool(present.get(part, part in probes.versions))
 
 
-def verdict(probes: Probes, findings: tuple[Finding, ...], cards: tuple[Card, ...]) -> list[str]:
+def verdict(probes: Probes, cards: tuple[Card, ...]) -> list[str]:
     """What works and what does not, a line for the CPU and one for each card."""
-    lost = [each.sentence for each in findings if each.severity == BROKEN and each.part == "torch" and "torch" in probes.problems]
-    lines = ["vlquant cannot run: torch does not load" if lost or probes.torch is None else "vlquant runs on the CPU"]
+    lines = ["vlquant runs on the CPU" if probes.torch else "vlquant cannot run: torch does not load"]
     for each in cards:
         works = [row.name + (" (slow)" if row.runs == SLOW else "") for row in each.rows if row.runs != NO]
         not_here = [row.name for row in each.rows if row.runs == NO]

@@ -26,6 +26,8 @@ class Finding:
     why: str
     mend: str | None = None
     """The command, or the act, that puts it right."""
+    replace: tuple[str, ...] = ()
+    """Distributions that this command takes out and installs anew."""
     card: str | None = None
     """The one card it concerns; None: whatever there is."""
 
@@ -35,7 +37,7 @@ def libraries_load(probes: Probes) -> Iterator[Finding]:
     for probe, part in {"torch": "torch", "onnxruntime": "onnxruntime", "onnxruntime on cpu": "onnxruntime", "bitsandbytes": "bitsandbytes",
                         "cpu kernels": "cpu kernels", "nvrtc": "nvrtc"}.items():  # fmt: skip
         if probe in probes.problems and not (probe != "torch" and "torch" in probes.problems):
-            yield Finding(BROKEN, part, f"{probe} does not work", probes.problems[probe], mend(probes, part))
+            yield Finding(BROKEN, part, f"{probe} does not work", probes.problems[probe], **anew(probes, part))
 
 
 def one_onnxruntime(probes: Probes) -> Iterator[Finding]:
@@ -43,10 +45,10 @@ def one_onnxruntime(probes: Probes) -> Iterator[Finding]:
     both = [f"{name} {probes.versions[name]}" for name in ("onnxruntime", "onnxruntime-gpu") if name in probes.versions]
     if len(both) == 2:
         why = "both are the same module: files of one lie over those of the other, and removing one breaks both"
-        yield Finding(BROKEN, "onnxruntime", f"{both[0]} and {both[1]} are installed together", why, mend(probes, "onnxruntime"))
+        yield Finding(BROKEN, "onnxruntime", f"{both[0]} and {both[1]} are installed together", why, **anew(probes, "onnxruntime"))
     if not both:
         why = "without it the vision tower runs in torch only (--vision torch), and export-vision cannot test what it writes"
-        yield Finding(NOTE, "onnxruntime", "ONNX Runtime is not installed", why, mend(probes))
+        yield Finding(NOTE, "onnxruntime", "ONNX Runtime is not installed", why, **anew(probes))
 
 
 def driver_runs(probes: Probes) -> Iterator[Finding]:
@@ -56,7 +58,8 @@ def driver_runs(probes: Probes) -> Iterator[Finding]:
     needed = support.DRIVER_FOR_CUDA.get(numbers(cuda)[0]) if cuda else None
     if probes.gpus and probes.driver and needed and numbers(probes.driver)[0] < needed:
         older_cuda = support.set_for((gpu.capability for gpu in probes.gpus), driver_of(probes))
-        lines = [f"install a driver of branch R{needed} or later", *([mend(probes, "torch")] if older_cuda else [])]
+        replacement = anew(probes, "torch")
+        lines = [f"install a driver of branch R{needed} or later", *([replacement["mend"]] if older_cuda else [])]
         why = f"CUDA {numbers(cuda)[0]} needs branch R{needed}"
         yield Finding(BROKEN, "driver", f"driver {probes.driver} is too old for torch's CUDA {cuda}", why, ", or: ".join(lines))
     for gpu in probes.gpus:
@@ -81,7 +84,7 @@ def old_card(name: str, driver: str, card_name: str | None = None) -> Finding:
     """A driver that came after the card's last one."""
     last = support.LAST_DRIVER_FOR_OLD_CARDS
     return Finding(BROKEN, "driver", f"driver {driver} no longer runs {name}", f"{last} is the last branch for Maxwell, Pascal and Volta",
-                   f"install NVIDIA's driver, branch {last}", card_name)  # fmt: skip
+                   f"install NVIDIA's driver, branch {last}", card=card_name)  # fmt: skip
 
 
 def a_set_serves(probes: Probes) -> Iterator[Finding]:
@@ -89,24 +92,24 @@ def a_set_serves(probes: Probes) -> Iterator[Finding]:
     for gpu in probes.gpus:
         if support.set_for([gpu.capability], None) is None:
             why = f"compute capability {dotted(gpu.capability)} is below {dotted(min(each.lowest for each in support.SETS))}"
-            yield Finding(UNUSED, EVERYTHING, f"no set of today's wheels has code for {gpu.name}; the CPU runs instead", why, None, gpu.name)
+            yield Finding(UNUSED, EVERYTHING, f"no set of today's wheels has code for {gpu.name}; the CPU runs instead", why, card=gpu.name)
 
 
 def torch_has_code(probes: Probes) -> Iterator[Finding]:
     """torch, on each card."""
     torch = probes.torch
-    if torch is None or not probes.gpus:
+    if torch is None or not served(probes):
         return
     version = f"torch {probes.versions.get('torch', '')}".strip()
     if torch.cuda is None:
-        yield Finding(UNUSED, "torch", f"{version} is a build for CPUs", "the GPU lies idle", mend(probes, "torch"))
+        yield Finding(UNUSED, "torch", f"{version} is a build for CPUs", "the GPU lies idle", **anew(probes, "torch"))
         return
-    lacking = [gpu for gpu in probes.gpus if not support.has_code(torch.architectures, gpu.capability)]
+    lacking = [gpu for gpu in served(probes) if not support.has_code(torch.architectures, gpu.capability)]
     for gpu in lacking:
         why = f"it has {' '.join(torch.architectures) or 'none at all'}; the card is {of(gpu)}"
-        yield Finding(BROKEN, "torch", f"{version} (CUDA {torch.cuda}) has no code for {gpu.name}", why, mend(probes, "torch"), gpu.name)
+        yield Finding(BROKEN, "torch", f"{version} (CUDA {torch.cuda}) has no code for {gpu.name}", why, card=gpu.name, **anew(probes, "torch"))
     if not lacking and "torch on cuda" in probes.problems:
-        yield Finding(BROKEN, "torch", f"{version} does not compute on the GPU", probes.problems["torch on cuda"], mend(probes, "torch"))
+        yield Finding(BROKEN, "torch", f"{version} does not compute on the GPU", probes.problems["torch on cuda"], **anew(probes, "torch"))
 
 
 def cudnn_has_code(probes: Probes) -> Iterator[Finding]:
@@ -114,31 +117,31 @@ def cudnn_has_code(probes: Probes) -> Iterator[Finding]:
     found = {"nvidia-cudnn": probes.versions[name] for name in ("nvidia-cudnn-cu12", "nvidia-cudnn-cu13") if name in probes.versions}
     if probes.torch and probes.torch.cudnn:
         found["torch"] = cudnn_text(probes.torch.cudnn)
-    for gpu in probes.gpus:
+    for gpu in served(probes):
         late = {f"{text} ({place})" for place, text in found.items() if gpu.capability < support.floor_of(support.CUDNN, numbers(text))}
         if late:
             why = f"9.10 is its last for {support.generation(gpu.capability)}; later ones fail with CUDNN_STATUS_EXECUTION_FAILED"
-            yield Finding(BROKEN, "cudnn", f"cuDNN {', '.join(sorted(late))} has no code for {gpu.name}", why,
-                          mend(probes, "torch", *(name for name in probes.versions if name.startswith("nvidia-cudnn"))), gpu.name)  # fmt: skip
+            yield Finding(BROKEN, "cudnn", f"cuDNN {', '.join(sorted(late))} has no code for {gpu.name}", why, card=gpu.name,
+                          **anew(probes, "torch", *(name for name in probes.versions if name.startswith("nvidia-cudnn"))))  # fmt: skip
 
 
 def onnxruntime_has_code(probes: Probes) -> Iterator[Finding]:
     """ONNX Runtime's CUDA provider: there, with code for each card, and really loading."""
-    if not probes.gpus or not probes.providers:
+    if not served(probes) or not probes.providers:
         return
     version = probes.versions.get("onnxruntime-gpu")
     if "CUDAExecutionProvider" not in probes.providers:
         why = "it has no CUDA provider; the vision tower would run on the CPU"
-        yield Finding(UNUSED, "onnxruntime", "the installed onnxruntime is a build for CPUs", why, mend(probes, "onnxruntime"))
+        yield Finding(UNUSED, "onnxruntime", "the installed onnxruntime is a build for CPUs", why, **anew(probes, "onnxruntime"))
         return
-    lacking = [gpu for gpu in probes.gpus if version and gpu.capability < support.floor_of(support.ONNXRUNTIME_GPU, numbers(version))]
+    lacking = [gpu for gpu in served(probes) if version and gpu.capability < support.floor_of(support.ONNXRUNTIME_GPU, numbers(version))]
     for gpu in lacking:
         lowest = dotted(support.floor_of(support.ONNXRUNTIME_GPU, numbers(version)))
         why = f"its code begins at {lowest}; the card is {of(gpu)}"
-        yield Finding(BROKEN, "onnxruntime", f"onnxruntime-gpu {version} has no code for {gpu.name}", why, mend(probes, "onnxruntime"), gpu.name)
+        yield Finding(BROKEN, "onnxruntime", f"onnxruntime-gpu {version} has no code for {gpu.name}", why, card=gpu.name, **anew(probes, "onnxruntime"))
     if not lacking and "CUDAExecutionProvider" not in probes.ran:
         why = probes.problems.get("onnxruntime on cuda", "the graph ran on another provider") + other_cuda(probes)
-        yield Finding(BROKEN, "onnxruntime", "ONNX Runtime lists its CUDA provider, which does not load", why, mend(probes, "onnxruntime"))
+        yield Finding(BROKEN, "onnxruntime", "ONNX Runtime lists its CUDA provider, which does not load", why, **anew(probes, "onnxruntime"))
 
 
 def other_cuda(probes: Probes) -> str:
@@ -157,30 +160,31 @@ def bitsandbytes_has_code(probes: Probes) -> Iterator[Finding]:
     if version is None or not cuda:
         return
     lowest = support.floor_of(support.BITSANDBYTES, numbers(cuda))
-    lacking = [gpu for gpu in probes.gpus if gpu.capability < lowest]
+    lacking = [gpu for gpu in served(probes) if gpu.capability < lowest]
     for gpu in lacking:
         picked = probes.bitsandbytes or f"its library for CUDA {cuda}"
         why = f"torch's CUDA {cuda} makes it load that one, whose code begins at {dotted(lowest)}; the card is {of(gpu)}"
-        yield Finding(BROKEN, "bitsandbytes", f"bitsandbytes {version} picks {picked}, without code for {gpu.name}", why, mend(probes, "torch", "bitsandbytes"), gpu.name)
-    if probes.gpus and not lacking and "bitsandbytes on cuda" in probes.problems:
+        sentence = f"bitsandbytes {version} picks {picked}, without code for {gpu.name}"
+        yield Finding(BROKEN, "bitsandbytes", sentence, why, card=gpu.name, **anew(probes, "torch", "bitsandbytes"))
+    if served(probes) and not lacking and "bitsandbytes on cuda" in probes.problems:
         why = probes.problems["bitsandbytes on cuda"]
-        yield Finding(BROKEN, "bitsandbytes", f"bitsandbytes {version} does not work on the GPU", why, mend(probes, "bitsandbytes"))
-    for gpu in probes.gpus:
+        yield Finding(BROKEN, "bitsandbytes", f"bitsandbytes {version} does not work on the GPU", why, **anew(probes, "bitsandbytes"))
+    for gpu in served(probes):
         if gpu.capability in support.HALF_RATE and numbers(version) >= support.HALF_PRECISION_BITSANDBYTES:
             why = f"its 4-bit kernel multiplies in half precision, which {gpu.name} does at {support.HALF_RATE[gpu.capability]} of float32's rate"
-            yield Finding(SLOW, "bitsandbytes", f"bitsandbytes {version} is slow on {gpu.name}", why, mend(probes, "bitsandbytes"), gpu.name)
+            yield Finding(SLOW, "bitsandbytes", f"bitsandbytes {version} is slow on {gpu.name}", why, card=gpu.name, **anew(probes, "bitsandbytes"))
 
 
 def nvrtc_compiles(probes: Probes) -> Iterator[Finding]:
     """The compiler of our CUDA kernels."""
-    if not probes.gpus or not (probes.torch and probes.torch.cuda):
+    if not served(probes) or not (probes.torch and probes.torch.cuda):
         return
     if probes.nvrtc is None and "nvrtc" not in probes.problems:
-        yield Finding(UNUSED, "nvrtc", "NVRTC is not installed", "the kernels for packed weights cannot be compiled", mend(probes, "torch"))
-    for gpu in probes.gpus:
+        yield Finding(UNUSED, "nvrtc", "NVRTC is not installed", "the kernels for packed weights cannot be compiled", **anew(probes, "torch"))
+    for gpu in served(probes):
         if probes.nvrtc and gpu.capability < divmod(min(probes.nvrtc.architectures), 10):
             why = f"{probes.nvrtc.library} compiles for {dotted(divmod(min(probes.nvrtc.architectures), 10))} and later"
-            yield Finding(BROKEN, "nvrtc", f"NVRTC {probes.nvrtc.version} cannot compile for {gpu.name}", why, mend(probes, "torch"), gpu.name)
+            yield Finding(BROKEN, "nvrtc", f"NVRTC {probes.nvrtc.version} cannot compile for {gpu.name}", why, card=gpu.name, **anew(probes, "torch"))
 
 
 RULES = (
@@ -190,18 +194,23 @@ RULES = (
 """In the order in which they are told and stand in a card's way."""
 
 
-def mend(probes: Probes, *parts: str) -> str:
-    """The command that installs everything again as this machine needs it; `parts` that pip would keep are taken out first."""
+def anew(probes: Probes, *parts: str) -> dict:
+    """How a finding is mended: by installing everything as this machine needs it, `parts` that pip would keep taken out first."""
     distributions = [name for part in parts for name in ((part, f"{part}-gpu") if part == "onnxruntime" else (part,))]
-    remove = [name for name in dict.fromkeys(distributions) if name in probes.versions]
-    return next(iter(install_lines(probes, remove=tuple(remove))))
+    remove = tuple(name for name in dict.fromkeys(distributions) if name in probes.versions)
+    return {"mend": next(iter(install_lines(probes, remove=remove))), "replace": remove}
+
+
+def served(probes: Probes) -> list[Gpu]:
+    """The cards for which there is a pinned set; what is installed is not to blame for the others."""
+    return [gpu for gpu in probes.gpus if support.set_for([gpu.capability], None)]
 
 
 def install_lines(probes: Probes, remove: tuple[str, ...] = ()) -> Iterator[str]:
     """What would give this machine a working vlquant: one line, or one for each card where no set serves all."""
     unseen = filter(None, map(support.pci_capability, probes.unseen))
-    served = [card for card in [gpu.capability for gpu in probes.gpus] or unseen if support.set_for([card], None)]
-    for cards in [served] if support.set_for(served, driver_of(probes)) else [[each] for each in served]:
+    capabilities = [card for card in [gpu.capability for gpu in probes.gpus] or unseen if support.set_for([card], None)]
+    for cards in [capabilities] if support.set_for(capabilities, driver_of(probes)) else [[each] for each in capabilities]:
         # A driver that is too old for every set is told by its own finding.
         chosen = support.set_for(cards, driver_of(probes)) or support.set_for(cards, None)
         yield support.install_line(chosen.file, extra="gpu" if cards else "cpu", remove=remove)

@@ -32,7 +32,7 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     for line in diagnosis.verdict:
         say(console, line, "bold")
     for line in diagnosis.install:
-        say(console, f"the versions that fit: {line}")
+        say(console, f"to install what fits: {line}")
 
 
 def draw_tables(diagnosis: Diagnosis, console: Console) -> None:

@@ -63,7 +63,7 @@ class Ability:
 
 
 ABILITIES = (
-    Ability("GPTQ 4 and 8 bit, own kernels", (6, 1), "written for 6.1 and later, compiled by NVRTC", ("driver", "torch", "nvrtc")),
+    Ability("GPTQ 4 and 8 bit (own kernels)", (6, 1), "written for 6.1 and later, compiled by NVRTC", ("driver", "torch", "nvrtc")),
     Ability("NF4 (bitsandbytes)", (6, 0), "code from 6.0 on", ("driver", "torch", "bitsandbytes")),
     Ability("LLM.int8 (bitsandbytes)", (7, 5), "needs 7.5; below, take GPTQ with --bits 8", ("driver", "torch", "bitsandbytes")),
     Ability("vision fp32", (6, 0), "ONNX Runtime's CUDA provider", ("driver", "torch", "cudnn", "onnxruntime")),
