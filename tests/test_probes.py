@@ -66,6 +66,15 @@ def test_an_error_is_told_in_one_line(capsys):
     assert capsys.readouterr().err == "RuntimeError: CUDA error: no kernel image\n"
 
 
+def test_cards_that_were_hidden_on_purpose_are_told(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    with pytest.raises(RuntimeError, match="no CUDA device, CUDA_VISIBLE_DEVICES being '-1'"):
+        library_probes.torch_on_cuda()
+
+
 def test_a_wrong_product_is_an_error():
     library_probes.require_close([8.0, 8.0], 8)
     for wrong in (7.0, float("nan")):

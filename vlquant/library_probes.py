@@ -7,6 +7,7 @@ import ctypes
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import tempfile
 from pathlib import Path
@@ -31,7 +32,8 @@ def torch_on_cuda() -> dict:
     import torch
 
     if not torch.cuda.is_available():
-        raise RuntimeError("torch sees no CUDA device")
+        hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
+        raise RuntimeError("torch sees no CUDA device" + (f", CUDA_VISIBLE_DEVICES being {hidden!r}" if hidden is not None else ""))
     for index in range(torch.cuda.device_count()):
         ones = torch.ones(SIDE, SIDE, device=f"cuda:{index}")
         require_close((ones @ ones).flatten().tolist(), SIDE)

@@ -39,7 +39,7 @@ def find_driver() -> tuple[str | None, tuple[Gpu, ...]]:
         library.nvmlSystemGetDriverVersion(text, TEXT_BYTES)
         library.nvmlDeviceGetCount_v2(ctypes.byref(count))
         cards = (gpu(library, index) for index in range(count.value))
-        return text.value.decode(), tuple(card for card in cards if card is not None)
+        return text.value.decode() or kernel_module_version(), tuple(card for card in cards if card is not None)
     finally:
         library.nvmlShutdown()
 
