@@ -191,8 +191,13 @@ def test_the_same_card_twice_is_told_once():
 def test_libraries_that_do_not_load_are_broken_without_a_gpu_too():
     machine = changed(NO_GPU, torch=None, problems={"torch": "its process was ended by SIGILL", "onnxruntime on cpu": "no torch"})
     diagnosis = doctor(machine)
-    assert diagnosis.verdict[0] == "vlquant cannot run: torch does not load" and diagnosis.exit_code == 3
+    assert diagnosis.verdict[0] == "vlquant cannot run without torch" and diagnosis.exit_code == 3
     assert [(each.part, each.why) for each in diagnosis.findings] == [("torch", "its process was ended by SIGILL")]
+
+
+def test_without_torch_nothing_runs():
+    diagnosis = doctor(changed(NO_GPU, torch=None))
+    assert [each.sentence for each in diagnosis.findings] == ["torch is not installed"] and diagnosis.exit_code == 3
 
 
 def test_without_onnx_runtime_vlquant_still_runs():

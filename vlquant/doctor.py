@@ -97,11 +97,11 @@ def is_there(part: str, probes: Probes) -> bool:
 
 def verdict(probes: Probes, cards: tuple[Card, ...]) -> list[str]:
     """What works and what does not, a line for the CPU and one for each card."""
-    lines = ["vlquant runs on the CPU" if probes.torch else "vlquant cannot run: torch does not load"]
+    lines = ["vlquant runs on the CPU" if probes.torch else "vlquant cannot run without torch"]
     for each in cards:
         works = [row.name + (" (slow)" if row.runs == SLOW else "") for row in each.rows if row.runs != NO]
         not_here = [row.name for row in each.rows if row.runs == NO]
         lines.append(f"{each.name}: runs {', '.join(works) or 'nothing'}; not {', '.join(not_here)}")
-    if not cards:
+    if not cards and not probes.unseen:
         lines.append("no GPU that could be used was found, which is nothing wrong")
     return lines

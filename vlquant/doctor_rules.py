@@ -33,7 +33,9 @@ class Finding:
 
 
 def libraries_load(probes: Probes) -> Iterator[Finding]:
-    """Whatever the machine: libraries that are installed and do not work on the CPU."""
+    """Whatever the machine: libraries that are installed and do not work on the CPU, and torch, without which nothing does."""
+    if probes.torch is None and "torch" not in probes.problems:
+        yield Finding(BROKEN, "torch", "torch is not installed", "every command computes with it", **anew(probes))
     for probe, part in {"torch": "torch", "onnxruntime": "onnxruntime", "onnxruntime on cpu": "onnxruntime", "bitsandbytes": "bitsandbytes",
                         "cpu kernels": "cpu kernels", "nvrtc": "nvrtc"}.items():  # fmt: skip
         if probe in probes.problems and not (probe != "torch" and "torch" in probes.problems):
