@@ -15,7 +15,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "bisect", "compare", "plan", "prompt", "tiles", "trace", "synthesize", "inspect"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "bisect", "compare", "plan", "prompt", "tiles", "trace", "synthesize", "inspect", "doctor"]
 
 
 @pytest.fixture
@@ -243,6 +243,17 @@ def test_demo_and_inspect_are_called(stand_in):
     assert run("demo", "folder").exit_code == run("inspect", "bundle", "--verify").exit_code == 0
     assert demo[0][0] == ("folder",)
     assert inspect == [(("bundle",), {"verify": True})]
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_the_exit_code_of_doctor_says_whether_something_is_broken(stand_in, code):
+    looked = stand_in("vlquant.probes", "probe_machine", result="facts")
+    judged, printed = stand_in("vlquant.doctor", "doctor", result=SimpleNamespace(exit_code=code)), stand_in("vlquant.doctor_table", "print_diagnosis")
+    sys.modules["vlquant.doctor_table"].to_json = lambda diagnosis: "{}\n"
+    done = run("doctor", "--json")
+    assert (done.exit_code, done.stdout, printed) == (code, "{}\n", [])
+    assert run("doctor").exit_code == code and len(printed) == 1
+    assert looked == [((), {})] * 2 and judged == [(("facts",), {})] * 2
 
 
 def test_a_user_error_is_one_line_and_code_2(stand_in):

@@ -119,3 +119,23 @@ def inspect_command(
     from vlquant.inspect import inspect
 
     inspect(bundle, verify=verify)
+
+
+@app.command("doctor")
+def doctor_command(as_json: Annotated[bool, typer.Option("--json", help="The diagnosis as JSON, for programs.")] = False) -> None:
+    """Say what is installed, what this GPU can run and why, and what mends the rest.
+
+    Exit codes: 0 vlquant can run, with or without a GPU; 3 something installed is broken.
+    """
+    from rich.console import Console
+
+    from vlquant.doctor import doctor
+    from vlquant.doctor_table import print_diagnosis, to_json
+    from vlquant.probes import probe_machine
+
+    diagnosis = doctor(probe_machine())
+    if as_json:
+        typer.echo(to_json(diagnosis), nl=False)
+    else:
+        print_diagnosis(diagnosis, Console())
+    raise typer.Exit(diagnosis.exit_code)

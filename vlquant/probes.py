@@ -1,0 +1,179 @@
+"""What this machine is and what is installed on it: facts alone, judged by `vlquant.doctor`.
+
+Every library is loaded in a process of its own, so that a broken one is a fact as well.
+"""
+
+import json
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+
+from vlquant.nvidia import Gpu, find_driver, unseen_devices
+
+DISTRIBUTIONS = (
+    "vlquant", "torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "numpy",
+    "onnx", "transformers", "gptqmodel",
+)  # fmt: skip
+INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512_bf16": "AVX512-BF16"}
+"""Those that kernels on a CPU choose by, as Linux calls them."""
+COMPILERS = ("cc", "gcc", "clang")
+SECONDS = 180
+"""After which a library counts as one that does not load."""
+
+
+@dataclass(frozen=True)
+class Cpu:
+    name: str
+    instructions: tuple[str, ...] | None
+    """Which of INSTRUCTIONS it has; None: this system does not tell."""
+    cores: int
+    """Logical ones that this process may use."""
+    memory_bytes: int | None
+
+
+@dataclass(frozen=True)
+class TorchBuild:
+    cuda: str | None
+    """Version of CUDA it is built with; None: for a CPU."""
+    architectures: tuple[str, ...] = ()
+    cudnn: int | None = None
+    """As cuDNN counts: 90501 is 9.5.1."""
+
+
+@dataclass(frozen=True)
+class Nvrtc:
+    library: str
+    version: str
+    architectures: tuple[int, ...]
+    """61 is compute capability 6.1."""
+
+
+@dataclass(frozen=True)
+class Probes:
+    """Everything about a machine that decides what vlquant can do there."""
+
+    python: str
+    system: str
+    cpu: Cpu
+    versions: Mapping[str, str]
+    """Installed distributions of DISTRIBUTIONS."""
+    driver: str | None = None
+    gpus: tuple[Gpu, ...] = ()
+    """Cards the driver runs."""
+    unseen: tuple[int, ...] = ()
+    """PCI device numbers of NVIDIA cards that it does not."""
+    torch: TorchBuild | None = None
+    providers: tuple[str, ...] = ()
+    """What ONNX Runtime was built with."""
+    ran: tuple[str, ...] = ()
+    """Providers that a graph really ran on."""
+    bitsandbytes: str | None = None
+    """The library it picked; None: it does without."""
+    nvrtc: Nvrtc | None = None
+    compiler: str | None = None
+    """The C compiler's command."""
+    cpu_kernels: str | None = None
+    """File of the compiled CPU kernels."""
+    problems: Mapping[str, str] = field(default_factory=dict)
+    """Why a probe of `vlquant.library_probes` failed, by its name."""
+
+
+def probe_machine() -> Probes:
+    """Look at this machine. Takes some seconds, and writes nothing."""
+    versions = installed_versions()
+    driver, gpus = find_driver()
+    answers, problems = ask_libraries(wanted_probes(versions, has_gpu=bool(gpus)))
+    torch, nvrtc = answers.get("torch"), answers.get("nvrtc")
+    ran = [answers[name]["provider"] for name in ("onnxruntime on cuda", "onnxruntime on cpu") if name in answers]
+    return Probes(
+        python=platform.python_version(),
+        system=f"{platform.system()} {platform.machine()}",
+        cpu=find_cpu(),
+        versions=versions,
+        driver=driver,
+        gpus=gpus,
+        unseen=() if gpus else unseen_devices(),
+        torch=torch and TorchBuild(torch["cuda"], tuple(torch["architectures"]), torch["cudnn"]),
+        providers=tuple((answers.get("onnxruntime") or {}).get("providers", ())),
+        ran=tuple(ran),
+        bitsandbytes=(answers.get("bitsandbytes on cuda") or answers.get("bitsandbytes") or {}).get("library"),
+        nvrtc=nvrtc and Nvrtc(nvrtc["library"], nvrtc["version"], tuple(nvrtc["architectures"])),
+        compiler=next((name for name in (os.environ.get("CC"), *COMPILERS) if name and shutil.which(name)), None),
+        cpu_kernels=(answers.get("cpu kernels") or {}).get("file"),
+        problems=problems,
+    )
+
+
+def installed_versions() -> dict[str, str]:
+    """The versions of DISTRIBUTIONS, without importing them."""
+    found = {}
+    for name in DISTRIBUTIONS:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def wanted_probes(versions: Mapping[str, str], *, has_gpu: bool) -> list[str]:
+    """Which libraries are there to be asked; on a GPU only where there is one."""
+    installed = {"onnxruntime" if name == "onnxruntime-gpu" else name for name in versions}
+    on_cpu = {"torch": ["torch"], "onnxruntime": ["onnxruntime", "onnxruntime on cpu"], "bitsandbytes": ["bitsandbytes"]}
+    on_cuda = {"torch": ["torch on cuda"], "onnxruntime": ["onnxruntime on cuda"], "bitsandbytes": ["bitsandbytes on cuda"]}
+    asked = (on_cpu, on_cuda) if has_gpu else (on_cpu,)
+    return ["nvrtc", "cpu kernels", *(name for probes in asked for library in probes if library in installed for name in probes[library])]
+
+
+def ask_libraries(names: Iterable[str]) -> tuple[dict[str, dict | None], dict[str, str]]:
+    """The answers of the probes that could be made, and why the others could not."""
+    names = list(names)
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        outcomes = dict(zip(names, threads.map(ask_library, names), strict=True))
+    answers = {name: answer for name, (answer, problem) in outcomes.items() if problem is None}
+    return answers, {name: problem for name, (_, problem) in outcomes.items() if problem is not None}
+
+
+def ask_library(name: str) -> tuple[dict | None, str | None]:
+    """One probe in a process of its own: its answer, or why there is none."""
+    command = [sys.executable, "-m", "vlquant.library_probes", name]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
+    except subprocess.TimeoutExpired:
+        return None, f"no answer within {SECONDS} seconds"
+    if done.returncode == 0:
+        return json.loads(done.stdout.splitlines()[-1]), None
+    return None, reason_of(done.returncode, done.stderr)
+
+
+def reason_of(exit_code: int, standard_error: str) -> str:
+    """Why a process ended with an error, in a line: its last words, and a library that it could not load."""
+    if exit_code < 0:
+        return f"its process was ended by {signal.Signals(-exit_code).name}"
+    last = (standard_error.strip().splitlines() or [f"exit code {exit_code}"])[-1].strip()
+    # ONNX Runtime's error says that a provider did not start; the reason is in its log.
+    not_loaded = re.search(r"Failed to load library .*?with error: (.*)", standard_error)
+    return f"{last} ({not_loaded[1].strip()})" if not_loaded else last
+
+
+def find_cpu() -> Cpu:
+    """The processor and memory, as Linux tells them, or less elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = told["flags"].split() if "flags" in told else None
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    name = told.get("model name") or platform.processor() or platform.machine()
+    known = None if flags is None else tuple(word for flag, word in INSTRUCTIONS.items() if flag in flags)
+    return Cpu(name, known, cores, memory)
