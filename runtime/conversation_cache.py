@@ -34,15 +34,19 @@ class ConversationCache:
         self._decoder = decoder
         self._last: OpenCache | None = None
 
+    def forget(self) -> None:
+        """Begin anew: answers that have no turn before them depend on nothing that was asked earlier."""
+        self._last = None
+
     @contextmanager
-    def opened(self, embeddings: Tensor, capacity: int, bits: int, *, continued: bool) -> Iterator[OpenCache]:
+    def opened(self, embeddings: Tensor, capacity: int, bits: int) -> Iterator[OpenCache]:
         """A cache of `bits` for `capacity` positions of a conversation that begins with `embeddings` [length, hidden_size].
 
-        continued: whether it may go on from the last one. Whoever runs the decoder adds the embeddings to `rows`.
+        It goes on from the last one as far as the two are the same. Whoever runs the decoder adds the embeddings to `rows`.
         """
         last, self._last = self._last, None  # Nobody else may get it while it is in use.
         cache, opened = self._decoder.new_cache(batch=1, capacity=capacity, bits=bits), None
-        if continued and last is not None and last.cache.bits == bits and not rope_depends_on_length(self._decoder.config, capacity):
+        if last is not None and last.cache.bits == bits and not rope_depends_on_length(self._decoder.config, capacity):
             # Keys of such a rope are turned by how long the conversation was when they came.
             opened = _continued(last, embeddings, cache)
         opened = opened or OpenCache(cache, 0)

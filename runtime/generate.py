@@ -71,16 +71,16 @@ class Decoding:
 
     embeddings: float32 [batch, length, hidden_size], padded on the left; attention_mask: bool [batch, length].
     A consumer may stop early. The cache is allocated once, for the prompt and `max_new_tokens`.
-    memory: of a batch of one, where its keys and values are kept; continued: and may be found.
+    memory: of a batch of one, where keys and values of the turns before are found and its own are kept.
     """
 
     def __init__(
         self, decoder: Decoder | NativeDecoder, embeddings: Tensor, attention_mask: Tensor, *, generation: Generation,
-        ending: Ending, memory: ConversationCache | None = None, continued: bool = False,
+        ending: Ending, memory: ConversationCache | None = None,
     ):  # fmt: skip
         self._decoder, self._generation, self._ending = decoder, generation, ending
         self._embeddings, self._attention_mask = embeddings, attention_mask
-        self._memory, self._continued = memory or ConversationCache(decoder), continued
+        self._memory = memory or ConversationCache(decoder)
         self.reused_tokens = 0
         """Of the prompt: known from the turn before."""
         self.rows: list[list[int]] = [[] for _ in range(len(embeddings))]
@@ -94,7 +94,7 @@ class Decoding:
             yield from self._steps(OpenCache(cache, 0))
             return
         bits = self._generation.cache_bits
-        with self._memory.opened(self._embeddings[0], capacity, bits, continued=self._continued) as opened:
+        with self._memory.opened(self._embeddings[0], capacity, bits) as opened:
             self.reused_tokens = opened.reused
             yield from self._steps(opened)
 

@@ -188,8 +188,11 @@ class Pipeline(Reader):
         within = replace(generation, max_new_tokens=max(1, min(generation.max_new_tokens, room)))
         reached = self.text(generation).stopped if generation.stop else Ending.reached
         ending = Ending(self.stop_id, self.tokenizer.pad_id, reached)
-        kept = {"memory": self._memory, "continued": bool(batch.histories[0])} if len(batch.encoded) == 1 else {}
-        return Decoding(self.decoder, batch.embeddings, batch.attention_mask, generation=within, ending=ending, **kept)
+        if not any(batch.histories):
+            self._memory.forget()
+        return Decoding(
+            self.decoder, batch.embeddings, batch.attention_mask, generation=within, ending=ending, memory=self._memory
+        )
 
     def text(self, generation: Generation) -> AnswerText:
         """How ids of an answer become text."""

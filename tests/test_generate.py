@@ -226,48 +226,48 @@ def test_pieces_arrive_while_the_answer_grows():
     assert sum(map(bool, pieces)) > 10
 
 
-def said_with(decoder, memory, embeddings, *, continued, count=6):
+def said_with(decoder, memory, embeddings, *, count=6):
     """Ids of an answer, and how much of its prompt was known."""
     mask = torch.ones(1, len(embeddings), dtype=torch.bool)
     decoding = Decoding(
         decoder, embeddings[None], mask, generation=Generation(max_new_tokens=count), ending=Ending(-1, PAD), memory=memory,
-        continued=continued,
     )  # fmt: skip
     return [int(ids) for ids in decoding], decoding.reused_tokens
 
 
 def test_a_next_turn_reads_only_what_is_new(decoder):
     memory, first = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
-    said, reused = said_with(decoder, memory, decoder.embed(first), continued=True)
+    said, reused = said_with(decoder, memory, decoder.embed(first))
     assert reused == 0
     second = torch.cat((first, torch.tensor(said), torch.tensor([40, 3])))
-    again, reused = said_with(decoder, memory, decoder.embed(second), continued=True)
+    again, reused = said_with(decoder, memory, decoder.embed(second))
     # The last token of an answer is never read while it is generated.
     assert reused == len(first) + len(said) - 1
     assert again == greedy_without_cache(decoder, second.tolist(), 6)
     changed = torch.cat((first[:2], torch.tensor([50]), second[3:]))
-    third, reused = said_with(decoder, memory, decoder.embed(changed), continued=True)
+    third, reused = said_with(decoder, memory, decoder.embed(changed))
     assert reused == 2 and third == greedy_without_cache(decoder, changed.tolist(), 6)
 
 
 def test_a_prompt_known_in_full_is_answered_again(decoder):
     memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
-    said, _ = said_with(decoder, memory, decoder.embed(ids), continued=True)
-    again, reused = said_with(decoder, memory, decoder.embed(ids), continued=True)
+    said, _ = said_with(decoder, memory, decoder.embed(ids))
+    again, reused = said_with(decoder, memory, decoder.embed(ids))
     assert (again, reused) == (said, len(ids) - 1)
 
 
 def test_a_new_conversation_knows_nothing(decoder):
     memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
-    said_with(decoder, memory, decoder.embed(ids), continued=True)
-    assert said_with(decoder, memory, decoder.embed(ids), continued=False)[1] == 0
+    said_with(decoder, memory, decoder.embed(ids))
+    memory.forget()
+    assert said_with(decoder, memory, decoder.embed(ids))[1] == 0
 
 
 def test_two_answers_at_a_time_do_not_share_a_cache(decoder):
     memory, prompts = ConversationCache(decoder), ([5, 9, 13], [5, 9, 40])
     running = [
         Decoding(
-            decoder, decoder.embed(torch.tensor([ids])), torch.ones(1, 3, dtype=torch.bool), memory=memory, continued=True,
+            decoder, decoder.embed(torch.tensor([ids])), torch.ones(1, 3, dtype=torch.bool), memory=memory,
             generation=Generation(max_new_tokens=8), ending=Ending(-1, PAD),
         )
         for ids in prompts
@@ -287,7 +287,7 @@ def test_an_abandoned_answer_can_be_continued(decoder):
     next(steps), next(steps)
     steps.close()
     second = torch.cat((first, torch.tensor(decoding.rows[0]), torch.tensor([3])))
-    said, reused = said_with(decoder, memory, decoder.embed(second), continued=True)
+    said, reused = said_with(decoder, memory, decoder.embed(second))
     assert reused == 5 and said == greedy_without_cache(decoder, second.tolist(), 6)
 
 
@@ -297,5 +297,5 @@ def test_keys_that_turn_with_the_length_are_not_reused(decoder):
         layers=decoder.layers, norm=decoder.norm, head=decoder.head,
     )  # fmt: skip
     memory, ids = ConversationCache(stretched), torch.tensor([5, 9, 13, 21])
-    said_with(stretched, memory, stretched.embed(ids), continued=True)
-    assert said_with(stretched, memory, stretched.embed(ids), continued=True)[1] == 0
+    said_with(stretched, memory, stretched.embed(ids))
+    assert said_with(stretched, memory, stretched.embed(ids))[1] == 0
