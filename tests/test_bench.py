@@ -21,7 +21,7 @@ from vlquant.bench_table import plot_bench, print_bench, require_picture
 from vlquant.calib_data import demo_model
 from vlquant.cli import app
 from vlquant.config import parse_config, read_config
-from vlquant.contestants import CONTESTANTS, Contestant, choose_peers
+from vlquant.contestants import CONTESTANTS, Contestant, ContestantProcess, choose_peers
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency
 from vlquant.export.vision import export_vision
 from vlquant.machine import Machine, this_machine
@@ -221,6 +221,28 @@ def test_ours_failing_ends_it(bundle, tmp_path, monkeypatch):
     monkeypatch.setitem(CONTESTANTS, "vlquant", Contestant("json", frozenset(MEASURES)))
     with pytest.raises(BrokenCheckpoint, match="the process that ran vlquant ended .*open_contestant"):
         bench(bundle, tmp_path, options=replace(SMALL, measures=("decode",), against=()))
+
+
+def test_a_process_that_was_killed_is_told_of():
+    with ContestantProcess("a peer", "json", {"threads": 1}) as process:
+        process._process.kill()
+        process._process.wait()
+        with pytest.raises(BrokenCheckpoint, match="a peer ended .it was killed, probably for want of memory"):
+            process.ask("load")
+
+
+def test_the_command_hands_its_options_on(monkeypatch, tmp_path):
+    calls = []
+    monkeypatch.setattr(bench_module, "bench", lambda *arguments, **options: calls.append((arguments, options)) or made_up())
+    plot = tmp_path / "bench.png"
+    options = ["--against", "none", "--measure", "decode,batch", "--kernels", "avx2", "--contexts", "16,32", "--rounds", "1", "--json"]
+    done = CliRunner().invoke(app, ["bench", "a-bundle", *options, "--plot", str(plot)])
+    assert done.exit_code == 0 and json.loads(done.stdout)["model"] == "a-bundle" and plot.is_file()
+    [((bundle, _), found)] = calls
+    asked = BenchOptions(measures=("decode", "batch"), against=(), kernels=("avx2",), contexts=(16, 32), rounds=1)
+    assert (bundle, found["options"]) == ("a-bundle", asked)
+    done = CliRunner().invoke(app, ["bench", "a-bundle", "--prompts", "many"])
+    assert done.exit_code == 2 and "--prompts" in done.output
 
 
 @pytest.mark.parametrize("module", ["contestant", "bench_options", "peer_llama_cpp", "peer_onnxruntime_genai", "peer_openvino"])

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -128,11 +129,9 @@ class ContestantProcess:
 
     def ask(self, task: str, **details) -> dict:
         """Have one thing done; what it took. Raises BrokenCheckpoint with the process's last words if it fails."""
-        try:
+        with suppress(BrokenPipeError):  # What it died of is read below.
             self._process.stdin.write(json.dumps({"task": task, **details}) + "\n")
             self._process.stdin.flush()
-        except BrokenPipeError:
-            pass  # What it died of is read below.
         return self._answer()
 
     def _answer(self) -> dict:
@@ -150,7 +149,8 @@ class ContestantProcess:
 
     def close(self) -> None:
         """End the process."""
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # What it was told last and did not live to read.
+            self._process.stdin.close()
         try:
             self._process.wait(timeout=5)
         except subprocess.TimeoutExpired:
