@@ -15,7 +15,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.recipe import Recipe
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "bisect", "compare", "plan", "prompt", "tiles", "trace", "synthesize", "inspect", "doctor"]
+COMMANDS = ["quantize", "export-vision", "check", "chat", "demo", "bisect", "compare", "bench", "plan", "prompt", "tiles", "trace", "synthesize", "inspect", "doctor"]
 
 
 @pytest.fixture

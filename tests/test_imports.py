@@ -32,6 +32,19 @@ VERBS = {
     "vlquant.forced",
     "vlquant.bisect",
     "vlquant.compare",
+    "vlquant.bench",
+    "vlquant.bench_result",
+    "vlquant.bench_shape",
+    "vlquant.bench_table",
+    "vlquant.contestant",
+    "vlquant.contestant_torch",
+    "vlquant.contestant_vlquant",
+    "vlquant.contestants",
+    "vlquant.gguf_shape",
+    "vlquant.peer_llama_cpp",
+    "vlquant.peer_onnxruntime_genai",
+    "vlquant.peer_openvino",
+    "vlquant.peer_transformers",
     "vlquant.reference",
     "vlquant.controls",
     "vlquant.demo",
@@ -62,6 +75,14 @@ DISTRIBUTIONS = {"PIL": "pillow"}
 """Modules whose distribution has another name."""
 OPTIONAL = {"onnxruntime"}
 """Modules that come with an extra, because there are two packages of that name."""
+PEERS = {
+    "vlquant.gguf_shape": {"gguf"},
+    "vlquant.peer_llama_cpp": {"llama_cpp"},
+    "vlquant.peer_onnxruntime_genai": {"onnxruntime_genai", "transformers"},
+    "vlquant.peer_openvino": {"openvino"},
+    "vlquant.peer_transformers": {"transformers"},
+}
+"""Other programs, which vlquant bench measures where they are installed, and the only modules that import them."""
 
 
 def module_name(path: Path) -> str:
@@ -129,17 +150,25 @@ def test_tests_import_our_modules_by_their_names(path):
 
 
 def test_transformers_is_only_what_we_test_against():
-    assert [module for module, path in MODULES.items() if "transformers" in {n.split(".")[0] for n in imported(path)}] == []
+    importing = [module for module, path in MODULES.items() if "transformers" in {n.split(".")[0] for n in imported(path)}]
+    assert [module for module in importing if module not in PEERS] == []
 
 
 def third_party() -> set[str]:
-    tops = {name.split(".")[0] for path in MODULES.values() for name in imported(path)}
+    tops = {name.split(".")[0] for module, path in MODULES.items() for name in imported(path) if name.split(".")[0] not in PEERS.get(module, ())}
     return {name for name in tops if name not in sys.stdlib_module_names and name != "vlquant"}
 
 
 def declared() -> set[str]:
     lines = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
     return {re.match(r"[\w.-]+", line)[0].lower().replace("-", "_") for line in lines}
+
+
+def test_nothing_imports_a_peer_but_who_measures_it():
+    def ours(path):
+        return imported(path) & set(MODULES)
+
+    assert {module: ours(path) & set(PEERS) for module, path in MODULES.items() if module not in PEERS and ours(path) & set(PEERS)} == {}
 
 
 def test_every_imported_library_is_a_declared_dependency():

@@ -1,11 +1,14 @@
-"""Commands that set models beside each other: bisect, compare. They change no bundle."""
+"""Commands that set models beside each other, or beside other programs: bisect, compare, bench. They change no bundle."""
 
 import json
+import tempfile
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from vlquant.bench_options import KERNELS, MEASURES, BenchOptions
 from vlquant.check_options import CheckOptions
 from vlquant.cli_options import (
     BUNDLE_DEFAULT,
@@ -92,3 +95,72 @@ def compare_command(
     told = compare((first, second), asked, generation=generation, device=device, console=console, max_tiles=max_tiles)
     if as_json:
         typer.echo(json.dumps([asdict(each) for each in told], ensure_ascii=False))
+
+
+@app.command("bench")
+def bench_command(
+    bundle: Annotated[str | None, typer.Argument(metavar="BUNDLE", help=f"What is measured. {BUNDLE_DEFAULT}")] = None,
+    shape: Annotated[str | None, typer.Option(metavar="NAME", help="Random weights in a published model's shape instead.")] = None,
+    against: Annotated[
+        str | None,
+        typer.Option(metavar="NAMES", help="Peers, separated by commas: torch, transformers, llama-cpp, onnxruntime-genai, "
+                     "openvino; none. Default: those installed.")
+    ] = None,
+    measure: Annotated[str, typer.Option(metavar="NAMES", help=f"Of {', '.join(MEASURES)}.")] = ",".join(BenchOptions.measures),
+    kernels: Annotated[str, typer.Option(metavar="NAMES", help=f"Ours by other kernels too: {', '.join(KERNELS)}.")] = "",
+    rounds: Annotated[int, typer.Option(help="Measurements of each.")] = BenchOptions.rounds,
+    prompts: Annotated[str, typer.Option(metavar="TOKENS", help="Lengths whose prefill is measured.")] = ",".join(map(str, BenchOptions.prompts)),
+    contexts: Annotated[str, typer.Option(metavar="TOKENS", help="Lengths after which decoding is.")] = ",".join(map(str, BenchOptions.contexts)),
+    batch: Annotated[int, typer.Option(help="Conversations side by side.")] = BenchOptions.batch,
+    tokens: Annotated[int, typer.Option(help="Tokens decoded each time.")] = BenchOptions.tokens,
+    layers: Annotated[int | None, typer.Option(help="Of the shape's language model. Default: all.")] = None,
+    vision_layers: Annotated[int | None, typer.Option(help="Of the shape's vision tower. Default: all.")] = None,
+    keep: Annotated[Path | None, typer.Option(metavar="FOLDER", help="Keep what was made for measuring, and use it again.")] = None,
+    plot: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the result.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure load time, vision, prefill, decode and memory, beside other programs, in alternating rounds."""
+    if shape is not None and bundle is not None:
+        raise typer.BadParameter("a bundle is named as well; give one of them", param_hint="--shape")
+    if shape is None and given(layers=layers, vision_layers=vision_layers):
+        raise typer.BadParameter("they shorten a shape; add --shape NAME", param_hint="--layers, --vision-layers")
+    options = BenchOptions(
+        measures=listed(measure), against=None if against is None else tuple(each for each in listed(against) if each != "none"),
+        kernels=listed(kernels), rounds=rounds, prompts=numbers(prompts, "--prompts"), contexts=numbers(contexts, "--contexts"),
+        batch=batch, tokens=tokens,
+    )  # fmt: skip
+    bundle = bundle_or_demo(bundle) if shape is None else None
+    from rich.console import Console
+
+    from vlquant.bench import bench
+    from vlquant.bench_result import to_json
+    from vlquant.bench_shape import bundle_of_shape
+    from vlquant.bench_table import plot_bench, print_bench, require_picture
+    from vlquant.progress import drawn_progress, json_progress
+
+    if plot is not None:
+        require_picture(plot)
+    with tempfile.TemporaryDirectory(prefix="vlquant-bench-") as made, json_progress() if as_json else drawn_progress() as report:
+        work = keep or Path(made)
+        work.mkdir(parents=True, exist_ok=True)
+        if shape is not None:
+            bundle = bundle_of_shape(shape, work, layers=layers, vision_layers=vision_layers, report=report)
+        result = bench(bundle, work, options=options, report=report)
+    if plot is not None:
+        plot_bench(result, plot)
+    if as_json:
+        typer.echo(to_json(result), nl=False)
+    else:
+        print_bench(result, Console())
+
+
+def listed(text: str) -> tuple[str, ...]:
+    """Names separated by commas."""
+    return tuple(each.strip() for each in text.split(",") if each.strip())
+
+
+def numbers(text: str, option: str) -> tuple[int, ...]:
+    """Numbers separated by commas."""
+    if not all(each.isdecimal() for each in listed(text)):
+        raise typer.BadParameter(f"{text!r} is not numbers separated by commas", param_hint=option)
+    return tuple(map(int, listed(text)))

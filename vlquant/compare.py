@@ -15,6 +15,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from vlquant.errors import BrokenCheckpoint, VlquantError
+from vlquant.machine import peak_memory
 from vlquant.request import Request
 from vlquant.runtime.chat import default_vision
 from vlquant.runtime.generate import Generation
@@ -118,15 +119,6 @@ def spoken(name: str | Path, request: Request, generation: Generation, *, device
         peak_bytes=peak_memory(),
         done=True,
     )
-
-
-def peak_memory() -> int | None:
-    """The most memory this process has held, file pages included (VmHWM)."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
-    except (OSError, StopIteration):
-        return None
 
 
 def side_by_side(told: Sequence[Told]) -> Columns:

@@ -1,0 +1,241 @@
+"""`vlquant bench`: how fast a bundle is and how much memory it takes, beside its peers, in alternating rounds."""
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from vlquant.bench_options import BenchOptions
+from vlquant.bench_result import OURS, BenchResult, Series
+from vlquant.bundle import MANIFEST, find_bundle
+from vlquant.config import ModelConfig, read_config
+from vlquant.contestants import CONTESTANTS, ContestantProcess, choose_peers, settings_for
+from vlquant.errors import BrokenCheckpoint, InvalidRequest
+from vlquant.events import Event, Report, silent
+from vlquant.machine import this_machine
+from vlquant.runtime.reader import position_limit
+from vlquant.vision_manifest import read_vision_manifest
+
+PAUSE_SECONDS = 0.2
+"""Before a measurement: idle threads of OpenMP and ONNX Runtime spin for some milliseconds before they sleep."""
+DECODING = {"prefill", "decode", "batch"}
+"""What depends on the kernels."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a loaded contestant does once in each round."""
+
+    measure: str
+    """One of MEASURES."""
+    title: str
+    name: str
+    """Of the contestants' method."""
+    arguments: Mapping
+    tokens: int = 0
+    """What is divided by its seconds; 0: the seconds count."""
+
+    @property
+    def unit(self) -> str:
+        return "tokens/s" if self.tokens else "s"
+
+    def value(self, seconds: float) -> float:
+        """In `unit`."""
+        return self.tokens / seconds if self.tokens else seconds
+
+
+class Rounds:
+    """Values by title, unit and contestant, and who fell out."""
+
+    def __init__(self):
+        self.values: dict[tuple[str, str, str], list[float]] = {}
+        self.facts: dict[str, dict] = {}
+        self.not_measured: dict[str, str] = {}
+
+    def learn(self, contestant: str, facts: dict) -> None:
+        """What one says of itself."""
+        self.facts[contestant] = self.facts.get(contestant, {}) | facts
+
+    def add(self, title: str, unit: str, contestant: str, value: float | None) -> None:
+        """One round's value."""
+        if value is not None:
+            self.values.setdefault((title, unit, contestant), []).append(value)
+
+    def drop(self, contestant: str, error: BrokenCheckpoint, report: Report) -> None:
+        """A peer that failed is out, with the reason; raises the error if it is ours."""
+        if contestant == OURS:
+            raise error
+        self.not_measured[contestant] = str(error)
+        report(Event("bench", message=f"{contestant}: {error}"))
+
+    def series(self) -> tuple[Series, ...]:
+        """What was found."""
+        return tuple(Series(title, unit, name, tuple(values)) for (title, unit, name), values in self.values.items())
+
+
+def bench(bundle: str | Path, work: Path, *, options: BenchOptions = BenchOptions(), report: Report = silent) -> BenchResult:
+    """Measure a bundle and its peers; every contestant is a process of its own, and one at a time computes.
+
+    work: an existing folder for what peers need; files of an earlier bench are used again. Raises InvalidRequest or
+    MissingDependency for what cannot be measured, BrokenCheckpoint if ours fails; a peer that fails is left out and named.
+    """
+    folder = require_bundle(bundle)
+    config = read_config(folder)
+    require_room(config, options)
+    tasks = tasks_for(folder, options)
+    if not tasks and "start" not in options.measures:
+        raise InvalidRequest(f"there is nothing to measure, {folder.name} having no exported vision tower; run vlquant export-vision {folder}")
+    peers, absent = choose_peers(options.against, config)
+    settings = settings_for(folder, work, config, torch.get_num_threads())
+    machine = this_machine(settings["threads"])
+    rounds = Rounds()
+    rounds.not_measured |= absent
+    peers = prepared([each for each in peers if CONTESTANTS[each].measures & set(options.measures)], settings, rounds, report)
+    if "start" in options.measures:
+        measure_starts(peers, settings, options, rounds, report)
+    if tasks:
+        measure_tasks(peers, settings, options, rounds, tasks=tasks, report=report)
+    return BenchResult(
+        model=folder.name,
+        shape=shape_of(config),
+        date=datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        options=options,
+        machine=machine,
+        contestants=rounds.facts,
+        series=rounds.series(),
+        not_measured=rounds.not_measured,
+    )
+
+
+def require_bundle(named: str | Path) -> Path:
+    """The folder of a complete bundle; raises InvalidRequest if it is none."""
+    folder = Path(named)
+    if not (folder / MANIFEST).is_file():
+        raise InvalidRequest(f"{named} is no bundle; make one with vlquant quantize, or measure a --shape")
+    return find_bundle(folder)
+
+
+def require_room(config: ModelConfig, options: BenchOptions) -> None:
+    """Raise InvalidRequest if the model has not as many positions as are to be measured."""
+    limit = position_limit(config.decoder)
+    if options.longest > limit:
+        raise InvalidRequest(f"the model takes {limit} tokens and {options.longest} are to be measured; lower --prompts, --contexts or --tokens")
+
+
+def shape_of(config: ModelConfig) -> dict:
+    """Sizes that speed depends on."""
+    return {"language_model": asdict(config.decoder), "vision_layers": config.vision.layers, "tile": config.vision.image_size}
+
+
+def towers_of(bundle: Path) -> dict[str, Path]:
+    """Folders of a bundle's exported towers by precision."""
+    return {read_vision_manifest(path.parent).precision: path.parent.resolve() for path in sorted(bundle.glob("vision*/model.onnx"))}
+
+
+def tasks_for(bundle: Path, options: BenchOptions) -> list[Task]:
+    """What is done in each round, in order."""
+    tasks = [Task("vision", f"tile, {precision}", "vision", {"folder": str(path)}) for precision, path in towers_of(bundle).items()]
+    tasks += [Task("picture", "first token, one tile", "picture", {})] if tasks else []
+    tasks += [Task("prefill", f"prefill {length}", "prefill", {"length": length}, length) for length in options.prompts]
+    decoded = [("decode", f"decode after {context}", context, 1) for context in options.contexts]
+    decoded += [("batch", f"decode {options.batch} side by side after {options.contexts[0]}", options.contexts[0], options.batch)]
+    for measure, title, context, batch in decoded:
+        arguments = {"context": context, "batch": batch, "tokens": options.tokens}
+        tasks.append(Task(measure, title, "decode", arguments, batch * options.tokens))
+    return [each for each in tasks if each.measure in options.measures]
+
+
+def prepared(peers: list[str], settings: dict, rounds: Rounds, report: Report) -> list[str]:
+    """The peers that have the files they need; those are made in a process that is not measured."""
+    for name in [each for each in peers if CONTESTANTS[each].prepares]:
+        report(Event("bench", message=f"{name}: making a model of this shape, unless there is one"))
+        try:
+            with ContestantProcess(name, CONTESTANTS[name].module, settings) as process:
+                rounds.learn(name, process.ask("prepare"))
+        except BrokenCheckpoint as error:
+            rounds.drop(name, error, report)
+    return [each for each in peers if each not in rounds.not_measured]
+
+
+def measure_starts(peers: list[str], settings: dict, options: BenchOptions, rounds: Rounds, report: Report) -> None:
+    """Fresh processes in every round: from nothing to the first token, and the memory that answering takes."""
+    names = [name for name in (OURS, *peers) if "start" in CONTESTANTS[name].measures]
+    has_towers = bool(towers_of(Path(settings["bundle"])))
+    # The first round is not counted: it reads files from the disk, and ours packs its weights for this processor.
+    for number, name in turns(names, options.rounds, "starts", report):
+        time.sleep(PAUSE_SECONDS)
+        try:
+            with ContestantProcess(name, CONTESTANTS[name].module, settings) as process:
+                rounds.learn(name, process.ask("load"))
+                found = first_answers(process, rounds, picture=name == OURS and has_towers)
+        except BrokenCheckpoint as error:
+            rounds.drop(name, error, report)
+            names.remove(name)
+            continue
+        for (title, unit), value in found.items() if number else ():
+            rounds.add(title, unit, name, value)
+
+
+def first_answers(process: ContestantProcess, rounds: Rounds, *, picture: bool) -> dict[tuple[str, str], float | None]:
+    """What a loaded process needed until it had answered, by title and unit; prompts are as long as ours, who comes first."""
+    load, ours = rounds.facts[process.name]["load_seconds"], rounds.facts[OURS]
+    found = {
+        ("process start with imports", "s"): process.start_seconds,
+        ("load", "s"): load,
+        ("load to first token of a text", "s"): load + process.ask("text", tokens=ours["text_tokens"])["seconds"],
+        ("peak memory, text answered", "bytes"): process.ask("memory")["bytes"],
+    }
+    if picture:
+        process.ask("picture", tokens=ours["picture_tokens"])
+        found["peak memory, picture answered", "bytes"] = process.ask("memory")["bytes"]
+    return found
+
+
+def measure_tasks(
+    peers: list[str], settings: dict, options: BenchOptions, rounds: Rounds, *, tasks: list[Task], report: Report
+) -> None:
+    """All contestants loaded, one measurement at a time, contestants in turn; a warm-up before the first round."""
+    with ExitStack() as stack:
+        entrants = {OURS: (CONTESTANTS[OURS], None)}
+        entrants |= {f"{OURS}, {each} kernels": (CONTESTANTS[OURS], each) for each in options.kernels}
+        entrants |= {name: (CONTESTANTS[name], None) for name in peers}
+        running = {}
+        for name, (kind, kernels) in entrants.items():
+            try:
+                process = stack.enter_context(ContestantProcess(name, kind.module, settings, kernels=kernels))
+                rounds.learn(name, process.ask("load"))
+            except BrokenCheckpoint as error:
+                rounds.drop(name, error, report)
+                continue
+            running[name] = process, DECODING if kernels else kind.measures
+        for task in tasks:
+            measure_task(task, running, options, rounds, report)
+
+
+def measure_task(task: Task, running: dict, options: BenchOptions, rounds: Rounds, report: Report) -> None:
+    """One task in every round by everybody who can do it; who fails is out of `running`."""
+    names = [name for name, (_, measures) in running.items() if task.measure in measures]
+    more = {"tokens": rounds.facts[OURS]["picture_tokens"]} if task.measure == "picture" else {}
+    for number, name in turns(names, options.rounds, task.title, report):
+        time.sleep(PAUSE_SECONDS)
+        try:
+            seconds = running[name][0].ask(task.name, **task.arguments, **more)["seconds"]
+        except BrokenCheckpoint as error:
+            rounds.drop(name, error, report)
+            names.remove(name)
+            del running[name]
+            continue
+        if number:
+            rounds.add(task.title, task.unit, name, task.value(seconds))
+
+
+def turns(names: list[str], rounds: int, stage: str, report: Report) -> Iterator[tuple[int, str]]:
+    """(round, name) for all names in turn, round 0 as a warm-up; names may be removed meanwhile."""
+    for number in range(rounds + 1):
+        for name in list(names):
+            yield number, name
+        report(Event(stage, number, rounds))

@@ -1,0 +1,81 @@
+"""The machine and libraries that something was measured with. Reads what the system tells; loads no library."""
+
+import importlib.metadata
+import os
+import platform
+from dataclasses import dataclass
+from pathlib import Path
+
+INSTRUCTION_SETS = (
+    "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512_vnni", "avx512_bf16", "avx_vnni", "amx_int8", "amx_bf16", "asimd", "asimddp", "i8mm",
+)  # fmt: skip
+"""Those that make matmuls fast, as /proc/cpuinfo calls them."""
+LIBRARIES = (
+    "torch", "numpy", "onnxruntime", "transformers", "llama_cpp_python", "gguf", "onnxruntime-genai", "openvino",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and with what."""
+
+    processor: str
+    cores: int
+    """That this process may use."""
+    threads: int
+    """That every contestant was given."""
+    instructions: tuple[str, ...]
+    """Of the processor."""
+    system: str
+    load_average: float | None
+    """Of the last minute before the first measurement: above 0.2 somebody else was computing."""
+    libraries: dict[str, str]
+    """Those that are installed; vlquant and Python among them."""
+
+
+def this_machine(threads: int) -> Machine:
+    """The machine this process runs on."""
+    processor, flags = processor_and_flags()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Machine(
+        processor=processor,
+        cores=cores,
+        threads=threads,
+        instructions=tuple(each for each in INSTRUCTION_SETS if each in flags),
+        system=f"{platform.system()} {platform.release()} {platform.machine()}",
+        load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        libraries=library_versions(),
+    )
+
+
+def processor_and_flags() -> tuple[str, set[str]]:
+    """The processor's name and its instruction sets; without /proc the name alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or "unknown", set()
+    fields = dict([part.strip() for part in line.split(":", 1)] for line in reversed(lines) if ":" in line)
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name") or platform.processor() or "unknown", set(flags.split())
+
+
+def library_versions() -> dict[str, str]:
+    """Versions of what is installed."""
+    from vlquant import __version__
+
+    versions = {"vlquant": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def peak_memory() -> int | None:
+    """The most memory this process has held in bytes, file pages included (VmHWM); None where the system does not tell."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+    except (OSError, StopIteration):
+        return None
