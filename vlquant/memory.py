@@ -71,6 +71,8 @@ class Place:
     """None: in the precision of the checkpoint."""
     head: Form | None = None
     """None: in the precision of the checkpoint."""
+    chunk: int | None = None
+    """Tokens of a prompt that go through all layers together; None: all of them."""
 
 
 PLACES = {
@@ -87,6 +89,10 @@ PLACES = {
     ),
 }  # fmt: skip
 
+COMPILED = replace(
+    PLACES["cpu"], expanded_value=0, expands_head=False, keeps_freed=False, embedding=Form(0), head=Form(8, -1, 2), chunk=256
+)
+"""A CPU whose compiled kernels know all linears: nothing is expanded, rows of the embedding are read from the file."""
 TEXT_TOKENS = 512
 """Left for system message, question and answer beside the tiles."""
 PIXEL_COPIES = 3
@@ -134,18 +140,29 @@ def model_memory(weights: Weights, place: Place, *, vision: str, context: int, t
 
     vision: a key of VISION_FORMS.
     """
-    config = weights.config
+    config, place = weights.config, COMPILED if place is PLACES["cpu"] and is_compiled(weights) else place
     shapes = language_shapes(config.decoder)
     embedding, head = place.embedding or weights.embedding, place.head or weights.head
+    has_head = HEAD in shapes or place is COMPILED  # There a tied one is rounded, and held.
     return Memory(
-        linears=linears_bytes(shapes, weights.linears),
+        linears=linears_bytes(shapes, compiled_forms(weights.linears) if place is COMPILED else weights.linears),
         embedding=embedding.matrix_bytes(*shapes[EMBEDDING]),
-        head=head.matrix_bytes(*shapes[HEAD]) if HEAD in shapes else 0,
+        head=head.matrix_bytes(*shapes[EMBEDDING]) if has_head else 0,
         vision=vision_bytes(config, vision),
         cache=cache_bytes(config.decoder, place, context),
         work=work_bytes(config, place, context=context, tiles=tiles),
         libraries=place.libraries,
     )
+
+
+def is_compiled(weights: Weights) -> bool:
+    """Whether the CPU kernels compute all linears: GPTQ's forms and int8."""
+    return all(form.group_bytes == 2 or form == FORMS["int8"] for form in weights.linears.values())
+
+
+def compiled_forms(linears: Mapping[str, Form]) -> dict[str, Form]:
+    """Forms as the kernels hold them: scales of int8 are halves too."""
+    return {name: replace(form, group_bytes=2) for name, form in linears.items()}
 
 
 def linear_names(shapes: Shapes) -> Iterator[str]:
@@ -185,7 +202,9 @@ def work_bytes(config: ModelConfig, place: Place, *, context: int, tiles: int) -
     expanded = min(expanded, place.expanded_weights or expanded)
     pixels = PIXEL_COPIES * 4 * tiles * 3 * config.vision.image_size**2
     features = FEATURE_COPIES * 4 * tiles * config.chat.tokens_per_tile * decoder.hidden_size
-    prefill = features + context * prompt_values(decoder, place) * place.activation_value
+    at_once = min(context, place.chunk or context)
+    whole = 4 * decoder.hidden_size + 4 * decoder.head_dim if place.chunk else 0  # Embeddings, results and rotations of a prompt.
+    prefill = features + (at_once * prompt_values(decoder, place) + context * whole) * place.activation_value
     return place.expanded_value * expanded + tower_bytes(config.vision, place) + max(pixels, prefill, place.loading)
 
 
