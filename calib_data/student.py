@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlquant.calib_data.batches import CELL_CLASSES
 from vlquant.config import ModelConfig
 from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
+from vlquant.errors import MissingDependency
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.layout import EMBEDDING, HEAD, layer_prefix, tensor_shapes
 from vlquant.model import open_model
@@ -31,6 +32,12 @@ class Student:
     """Float parameters under canonical names, and two optimizers: Muon for matrices, AdamW for the rest."""
 
     def __init__(self, config: ModelConfig, weights: dict[str, Tensor], cell_head: Tensor, image_token: int):
+        """Raises MissingDependency for a torch without Muon, such as that of pins/pascal.txt."""
+        if not hasattr(torch.optim, "Muon"):
+            raise MissingDependency(
+                f"torch {torch.__version__} has no optimizer Muon, which the demo model is trained with; "
+                "use the versions of vlquant/pins/cpu.txt"
+            )
         self.config, self.weights, self.cell_head, self.image_token = config, weights, cell_head, image_token
         self.vision_weights = {name.removeprefix("model."): each for name, each in weights.items()}
         self.decoder = student_decoder(config.decoder, weights)

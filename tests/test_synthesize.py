@@ -1,5 +1,7 @@
 """Synthesized checkpoints are read, tokenized and answered by as published ones; every member has a shape and a tokenizer."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
@@ -14,8 +16,8 @@ from vlquant.recipe import Recipe
 from vlquant.runtime import Generation, load
 from vlquant.sentencepiece_model import read_sentencepiece_model, serialize
 from vlquant.synthesize import random_tensor, stored_shapes, synthesize
-from vlquant.synthetic_tokenizer import LAYOUTS
-from vlquant.tokenizer import load_tokenizer
+from vlquant.synthetic_tokenizer import LAYOUTS, write_synthetic_tokenizer
+from vlquant.tokenizer import load_tokenizer, write_fast_tokenizer
 
 from tests.narrow_members import narrow
 
@@ -50,6 +52,17 @@ def test_families_without_goldens_here_are_quantized_too(name, tmp_path, monkeyp
     assert pipe.config.decoder == open_model(source).config.decoder
     answer = pipe.ask("What is it?", [Image.new("RGB", (60, 60), "red")], generation=Generation(max_new_tokens=2))
     assert answer.tiles == (1,) and 1 <= len(answer.ids) <= 2
+
+
+@pytest.mark.parametrize("key", [key for key, layout in LAYOUTS.items() if not layout.pieces], ids=str)
+def test_byte_level_vocabularies_have_no_holes(key, tmp_path):
+    """Of a hole tokenizers 0.22 prints the number, on the standard output that is for results."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir(), target.mkdir()
+    write_synthetic_tokenizer(source, *key)
+    write_fast_tokenizer(source, target)
+    ids = set(json.loads((target / "tokenizer.json").read_text())["model"]["vocab"].values())
+    assert ids == set(range(len(ids))) and len(ids) > 100_000
 
 
 def test_every_member_has_a_shape_and_a_tokenizer():

@@ -15,6 +15,7 @@ from vlquant.calib_data.student import create_student, load_checkpoint, load_pub
 from vlquant.calib_data.train import answer_logits, copy_settings, schedule, take_step
 from vlquant.calib_data.vocabulary import write_json, write_tokenizer
 from vlquant.config import read_config
+from vlquant.errors import MissingDependency
 from vlquant.metrics import read_box
 from vlquant.model import float_decoder, open_model
 from vlquant.prompt import find_template
@@ -46,12 +47,20 @@ def tokenizer(folder):
 
 @pytest.fixture
 def student(folder, tokenizer):
+    if not hasattr(torch.optim, "Muon"):
+        pytest.skip("this torch has no Muon, so the demo model cannot be trained with it")
     student = create_student(read_config(folder), 0, tokenizer.token_id("<IMG_CONTEXT>"))
     with torch.no_grad():  # Residual branches begin at zero; here they have to matter.
         for name, weight in student.weights.items():
             if not weight.any():
                 weight.normal_(std=0.05, generator=torch.Generator().manual_seed(len(name)))
     return student
+
+
+def test_a_torch_without_muon_is_refused(folder, tokenizer, monkeypatch):
+    monkeypatch.delattr(torch.optim, "Muon", raising=False)
+    with pytest.raises(MissingDependency, match="has no optimizer Muon.*cpu.txt"):
+        create_student(read_config(folder), 0, tokenizer.token_id("<IMG_CONTEXT>"))
 
 
 def rows_of(indices, folder, tokenizer):

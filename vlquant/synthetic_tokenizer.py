@@ -71,7 +71,7 @@ def write_synthetic_tokenizer(folder: Path, architecture: str, vocab_size: int) 
     if layout.pieces:
         (folder / SENTENCEPIECE_FILE).write_bytes(serialize(sentencepiece_model(layout.pieces)))
     elif layout.tokenizer_class == "Qwen2Tokenizer":
-        _write(folder / "vocab.json", byte_vocabulary())
+        _write(folder / "vocab.json", byte_vocabulary(added))
         (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     else:
         byte_level_json(layout, added).save(str(folder / "tokenizer.json"))
@@ -105,14 +105,19 @@ def sentencepiece_model(count: int) -> SentencePieceModel:
     return SentencePieceModel(tuple(pieces), BPE, b"", add_dummy_prefix=False, remove_extra_whitespaces=False)
 
 
-def byte_vocabulary() -> dict[str, int]:
-    """Byte-level BPE's 256 characters."""
-    return {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+def byte_vocabulary(added: Mapping[str, int]) -> dict[str, int]:
+    """Byte-level BPE's 256 characters, and unused pieces for the other ids below those of added tokens.
+
+    Without them tokenizers before 0.23 prints every missing id on standard output when it writes tokenizer.json.
+    """
+    characters = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    missing = set(range(len(characters), max(added.values()))) - set(added.values())
+    return {**characters, **{f"[UNUSED_TOKEN_{index}]": index for index in sorted(missing)}}
 
 
 def byte_level_json(layout: Layout, added: Mapping[str, int]) -> tokenizers.Tokenizer:
     """A tokenizer.json in Llama 3's style: bytes, and bos in front."""
-    backend = tokenizers.Tokenizer(models.BPE(vocab={**byte_vocabulary(), **added}, merges=[]))
+    backend = tokenizers.Tokenizer(models.BPE(vocab={**byte_vocabulary(added), **added}, merges=[]))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     backend.add_special_tokens([tokenizers.AddedToken(token, normalized=False, special=True) for token in added])
