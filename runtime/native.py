@@ -8,6 +8,7 @@ Built when vlquant is installed, if there is a C compiler; for x86-64 processors
 import ctypes
 import importlib.util
 import os
+import threading
 from collections.abc import Mapping
 from ctypes import Structure, c_int, c_int64, c_void_p
 from dataclasses import dataclass
@@ -160,6 +161,7 @@ class Kernels:
         library.vlquant_run_stack.argtypes = [c_int] + [c_void_p] * 4
         library.vlquant_run_product.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         self._scratch = torch.empty(0)
+        self._turn = threading.Lock()  # There is one team and one scratch, and ctypes lets other Python threads run.
 
     def gather(self) -> None:
         """Have as many threads as torch uses; raises OSError if the system gives none."""
@@ -175,20 +177,20 @@ class Kernels:
 
     def run_stack(self, stack: Structure, cache: Structure, step: Structure) -> None:
         """Let all layers transform the hidden states of a step, in place, and fill the cache."""
-        self.gather()
-        stack, cache, length = ctypes.byref(stack), ctypes.byref(cache), step.length
-        scratch = self.scratch(self.library.vlquant_stack_scratch(stack, cache, length))
-        self.library.vlquant_run_stack(self.instructions, stack, cache, ctypes.byref(step), scratch)
+        stack, cache = ctypes.byref(stack), ctypes.byref(cache)
+        with self._turn:
+            self.gather()
+            scratch = self.scratch(self.library.vlquant_stack_scratch(stack, cache, step.length))
+            self.library.vlquant_run_stack(self.instructions, stack, cache, ctypes.byref(step), scratch)
 
     def product(self, values: Tensor, matrix: PackedMatrix) -> Tensor:
         """values float32 [rows, columns] @ matrix.T + bias: float32 [rows, matrix rows]."""
-        self.gather()
-        values, fields = values.contiguous(), matrix.fields()
-        outputs = torch.empty(len(values), fields.rows)
-        scratch = self.scratch(self.library.vlquant_product_scratch(ctypes.byref(fields), len(values)))
-        self.library.vlquant_run_product(
-            self.instructions, ctypes.byref(fields), values.data_ptr(), len(values), outputs.data_ptr(), scratch
-        )
+        values, fields = values.float().contiguous(), matrix.fields()
+        outputs, own = torch.empty(len(values), fields.rows), ctypes.byref(fields)
+        with self._turn:
+            self.gather()
+            scratch = self.scratch(self.library.vlquant_product_scratch(own, len(values)))
+            self.library.vlquant_run_product(self.instructions, own, values.data_ptr(), len(values), outputs.data_ptr(), scratch)
         return outputs[:, : matrix.rows]
 
 

@@ -132,6 +132,7 @@ class Pipeline(Reader):
         answers: Sequence[str | Sequence[int]],
         *,
         features: Sequence[Features] | None = None,
+        cache_bits: int = 32,
     ) -> list[Tensor]:
         """Logits float32 [answer tokens, vocab] of given answers (teacher forcing): row i is before token i is known.
 
@@ -146,7 +147,7 @@ class Pipeline(Reader):
         ]
         longest = max(map(len, forced))
         device, (rows, length) = batch.embeddings.device, batch.attention_mask.shape
-        cache = self.decoder.new_cache(batch=rows, capacity=length + longest)
+        cache = self.decoder.new_cache(batch=rows, capacity=length + longest, bits=cache_bits)
         logits = [self.decoder(batch.embeddings, attention_mask=batch.attention_mask, cache=cache)]
         padded = [ids[:-1] + [self.tokenizer.pad_id] * (longest - len(ids)) for ids in forced]
         known = [[True] * (len(ids) - 1) + [False] * (longest - len(ids)) for ids in forced]
