@@ -3,7 +3,7 @@
     PYTHONPATH=. python tests/planted_faults.py FOLDER [--limit QUESTIONS]
 
 Faults at three places each; five clean quantizations (other calibration seeds), a float copy, and the reference beside
-itself. Writes tests/data/planted_faults.json, which tests/test_planted_faults.py holds to what the issue promises.
+itself. Writes tests/data/planted_faults.json, which tests/test_planted_faults.py reads; tests/RESULTS.md says what it means.
 """
 
 import argparse
