@@ -25,28 +25,29 @@ class OpenCache:
 
 
 class ConversationCache:
-    """Remembers one conversation of one decoder.
+    """Remembers one conversation.
 
     Positions are the same when their embeddings are: ids, pictures and everything before them are in these.
     """
 
-    def __init__(self, decoder: Decoder | NativeDecoder):
-        self._decoder = decoder
+    def __init__(self) -> None:
         self._last: OpenCache | None = None
+        self._decoder: Decoder | NativeDecoder | None = None
 
     def forget(self) -> None:
         """Begin anew: answers that have no turn before them depend on nothing that was asked earlier."""
         self._last = None
 
     @contextmanager
-    def opened(self, embeddings: Tensor, capacity: int, bits: int) -> Iterator[OpenCache]:
-        """A cache of `bits` for `capacity` positions of a conversation that begins with `embeddings` [length, hidden_size].
+    def opened(self, decoder: Decoder | NativeDecoder, embeddings: Tensor, capacity: int, bits: int) -> Iterator[OpenCache]:
+        """A decoder's cache of `bits` for `capacity` positions of a conversation that begins with `embeddings` [length, hidden_size].
 
         It goes on from the last one as far as the two are the same. Whoever runs the decoder adds the embeddings to `rows`.
         """
         last, self._last = self._last, None  # Nobody else may get it while it is in use.
-        cache, opened = self._decoder.new_cache(batch=1, capacity=capacity, bits=bits), None
-        if last is not None and last.cache.bits == bits and not rope_depends_on_length(self._decoder.config, capacity):
+        same_decoder, self._decoder = self._decoder is decoder, decoder
+        cache, opened = decoder.new_cache(batch=1, capacity=capacity, bits=bits), None
+        if same_decoder and last is not None and last.cache.bits == bits and not rope_depends_on_length(decoder.config, capacity):
             # Keys of such a rope are turned by how long the conversation was when they came.
             opened = _continued(last, embeddings, cache)
         opened = opened or OpenCache(cache, 0)

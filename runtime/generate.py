@@ -80,7 +80,7 @@ class Decoding:
     ):  # fmt: skip
         self._decoder, self._generation, self._ending = decoder, generation, ending
         self._embeddings, self._attention_mask = embeddings, attention_mask
-        self._memory = memory or ConversationCache(decoder)
+        self._memory = memory or ConversationCache()
         self.reused_tokens = 0
         """Of the prompt: known from the turn before."""
         self.rows: list[list[int]] = [[] for _ in range(len(embeddings))]
@@ -94,7 +94,7 @@ class Decoding:
             yield from self._steps(OpenCache(cache, 0))
             return
         bits = self._generation.cache_bits
-        with self._memory.opened(self._embeddings[0], capacity, bits) as opened:
+        with self._memory.opened(self._decoder, self._embeddings[0], capacity, bits) as opened:
             self.reused_tokens = opened.reused
             yield from self._steps(opened)
 

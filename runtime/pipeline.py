@@ -69,7 +69,7 @@ class Pipeline(Reader):
     ):
         super().__init__(model, tokenizer, features=features, max_tiles=max_tiles)
         self.decoder = decoder
-        self._memory = ConversationCache(decoder)
+        self._memory = ConversationCache()
 
     def ask(
         self,

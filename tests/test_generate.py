@@ -236,7 +236,7 @@ def said_with(decoder, memory, embeddings, *, count=6):
 
 
 def test_a_next_turn_reads_only_what_is_new(decoder):
-    memory, first = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    memory, first = ConversationCache(), torch.tensor([5, 9, 13, 21])
     said, reused = said_with(decoder, memory, decoder.embed(first))
     assert reused == 0
     second = torch.cat((first, torch.tensor(said), torch.tensor([40, 3])))
@@ -250,21 +250,21 @@ def test_a_next_turn_reads_only_what_is_new(decoder):
 
 
 def test_a_prompt_known_in_full_is_answered_again(decoder):
-    memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    memory, ids = ConversationCache(), torch.tensor([5, 9, 13, 21])
     said, _ = said_with(decoder, memory, decoder.embed(ids))
     again, reused = said_with(decoder, memory, decoder.embed(ids))
     assert (again, reused) == (said, len(ids) - 1)
 
 
 def test_a_new_conversation_knows_nothing(decoder):
-    memory, ids = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    memory, ids = ConversationCache(), torch.tensor([5, 9, 13, 21])
     said_with(decoder, memory, decoder.embed(ids))
     memory.forget()
     assert said_with(decoder, memory, decoder.embed(ids))[1] == 0
 
 
 def test_two_answers_at_a_time_do_not_share_a_cache(decoder):
-    memory, prompts = ConversationCache(decoder), ([5, 9, 13], [5, 9, 40])
+    memory, prompts = ConversationCache(), ([5, 9, 13], [5, 9, 40])
     running = [
         Decoding(
             decoder, decoder.embed(torch.tensor([ids])), torch.ones(1, 3, dtype=torch.bool), memory=memory,
@@ -278,7 +278,7 @@ def test_two_answers_at_a_time_do_not_share_a_cache(decoder):
 
 
 def test_an_abandoned_answer_can_be_continued(decoder):
-    memory, first = ConversationCache(decoder), torch.tensor([5, 9, 13, 21])
+    memory, first = ConversationCache(), torch.tensor([5, 9, 13, 21])
     decoding = Decoding(
         decoder, decoder.embed(first)[None], torch.ones(1, 4, dtype=torch.bool), generation=Generation(max_new_tokens=8),
         ending=Ending(-1, PAD), memory=memory,
@@ -296,6 +296,6 @@ def test_keys_that_turn_with_the_length_are_not_reused(decoder):
         replace(CONFIG, rope=Rope(10_000.0, dynamic_factor=2.0), max_positions=8), embedding=decoder.embedding,
         layers=decoder.layers, norm=decoder.norm, head=decoder.head,
     )  # fmt: skip
-    memory, ids = ConversationCache(stretched), torch.tensor([5, 9, 13, 21])
+    memory, ids = ConversationCache(), torch.tensor([5, 9, 13, 21])
     said_with(stretched, memory, stretched.embed(ids))
     assert said_with(stretched, memory, stretched.embed(ids))[1] == 0

@@ -9,6 +9,7 @@ from vlquant.decoder import LINEARS
 from vlquant.distributions import compare_logits, summarize_tokens
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
+from vlquant.runtime.loading import layered_decoder
 from vlquant.runtime import Generation, load
 
 from tests.kernel_twin import round_activations
@@ -38,6 +39,7 @@ def test_the_price_of_rounded_activations(pipe):
     samples = [draw_sample("development", index, seed=3) for index in range(PICTURES)]
     requests = [pipe.encode(sample_request(each, each.questions[0])) for each in samples]
     features = pipe.features(requests)
+    pipe.decoder = layered_decoder(pipe.model)
     answers = [each.ids for each in pipe.batch(requests, Generation(max_new_tokens=24), features=features)]
     exact = pipe.answer_logits(requests, answers, features=features)
     pipe.decoder.layers = [layer.with_linears({name: rounding(layer.linears[name]) for name in LINEARS}) for layer in pipe.decoder.layers]

@@ -1,10 +1,14 @@
 """A prompt that goes in by parts leaves the same logits and cache as one that goes in whole."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from vlquant.decoder import rope_depends_on_length
 from vlquant.runtime.prefill import prefill
+
+EMPTY = SimpleNamespace(length=0)
 
 
 def prompt(decoder, length, padding):
@@ -47,8 +51,8 @@ def test_a_prompt_that_changes_the_rope_goes_in_whole(named_case, monkeypatch):
 
     recorded.config = decoder.config
     embeddings, mask = prompt(decoder, length, 0)
-    prefill(recorded, embeddings, mask, None, at_a_time=100)
-    prefill(recorded, embeddings[:, :-1], mask[:, :-1], None, at_a_time=length - 2)
+    prefill(recorded, embeddings, mask, EMPTY, at_a_time=100)
+    prefill(recorded, embeddings[:, :-1], mask[:, :-1], EMPTY, at_a_time=length - 2)
     assert lengths == [length, length - 2, 1]
 
 

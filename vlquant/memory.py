@@ -140,7 +140,7 @@ def model_memory(weights: Weights, place: Place, *, vision: str, context: int, t
 
     vision: a key of VISION_FORMS.
     """
-    config, place = weights.config, COMPILED if place is PLACES["cpu"] and is_compiled(weights) else place
+    config, place = weights.config, running_place(place, weights)
     shapes = language_shapes(config.decoder)
     embedding, head = place.embedding or weights.embedding, place.head or weights.head
     has_head = HEAD in shapes or place is COMPILED  # There a tied one is rounded, and held.
@@ -155,9 +155,10 @@ def model_memory(weights: Weights, place: Place, *, vision: str, context: int, t
     )
 
 
-def is_compiled(weights: Weights) -> bool:
-    """Whether the CPU kernels compute all linears: GPTQ's forms and int8."""
-    return all(form.group_bytes == 2 or form == FORMS["int8"] for form in weights.linears.values())
+def running_place(place: Place, weights: Weights) -> Place:
+    """The same place, or its compiled kernels where they compute all linears: GPTQ's forms and int8 on a CPU."""
+    known = all(form.group_bytes == 2 or form == FORMS["int8"] for form in weights.linears.values())
+    return COMPILED if place is PLACES["cpu"] and known else place
 
 
 def compiled_forms(linears: Mapping[str, Form]) -> dict[str, Form]:

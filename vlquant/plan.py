@@ -27,6 +27,7 @@ from vlquant.memory import (
     cache_bytes,
     linear_names,
     model_memory,
+    running_place,
     work_bytes,
 )
 from vlquant.model import HUB_OWNER, Model, is_quantized, open_model, resolve_model
@@ -227,10 +228,10 @@ def choose(weights: Weights, place: Place, limit: int, *, method: str, vision: s
     config, (context, tiles) = weights.config, size
     memory = model_memory(weights, place, vision=vision, context=context, tiles=tiles)
     left = limit - (memory.total - memory.cache - memory.work)
-    per_tile, most = config.chat.tokens_per_tile, position_limit(config.decoder)
+    per_tile, most, own = config.chat.tokens_per_tile, position_limit(config.decoder), running_place(place, weights)
 
     def fits(context: int, tiles: int) -> bool:
-        return cache_bytes(config.decoder, place, context) + work_bytes(config, place, context=context, tiles=tiles) <= left
+        return cache_bytes(config.decoder, own, context) + work_bytes(config, own, context=context, tiles=tiles) <= left
 
     return Choice(
         method=method,
