@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vlquant.errors import MissingDependency
+from vlquant.gpu_support import has_code
 from vlquant.runtime.nvrtc import compile_cubin
 
 KERNEL_FOLDER = Path(__file__).parent / "cuda_kernels"
@@ -109,27 +110,11 @@ def require_code_for(device: torch.device) -> None:
     except RuntimeError as error:
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         raise MissingDependency(f"{device} does not start ({reason}); check the driver, or choose --device cpu") from error
-    if not has_code_for(capability, built_for):
+    if not has_code(built_for, capability):
         raise MissingDependency(
             f"{device} has compute capability {capability[0]}.{capability[1]}, and the installed torch {torch.__version__} has "
             f"code for {', '.join(built_for)} only; install the versions of vlquant/pins/pascal.txt, or choose --device cpu"
         )
-
-
-def has_code_for(capability: tuple[int, int], built_for: Sequence[str]) -> bool:
-    """Whether a build for "sm_60", "compute_90", ... runs on a card.
-
-    Machine code runs within its generation from its own card on ("sm_90a": on that very one), PTX from its own card on.
-    """
-    return any(_runs(capability, *entry.split("_")) for entry in built_for)
-
-
-def _runs(capability: tuple[int, int], kind: str, number: str) -> bool:
-    digits = number.rstrip("af")
-    oldest = int(digits[:-1]), int(digits[-1])
-    if digits != number:
-        return oldest == capability
-    return oldest <= capability and (kind == "compute" or oldest[0] == capability[0])
 
 
 @functools.cache

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from vlquant.decoder import Decoder
-from vlquant.runtime.conversation_cache import ConversationCache, OpenCache
-from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.errors import InvalidRequest
+from vlquant.runtime.conversation_cache import ConversationCache, OpenCache
 from vlquant.runtime.decode_step import open_step
+from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.runtime.prefill import prefill
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 

@@ -30,7 +30,8 @@ def layered_decoder(model: Model | Mixture, device: str | torch.device = "cpu") 
     layers = [load_layer(model, index, workspace) for index in range(config.layers)]
     embedding = model.tensor(EMBEDDING).to(device)
     norm = model.tensor(LANGUAGE_MODEL + "norm.weight").float().to(device)
-    return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=load_head(model, workspace))
+    head = load_head(model, workspace, embedding if config.tied_head else None)  # A tied one is read and held once.
+    return Decoder(config, embedding=embedding, layers=layers, norm=norm, head=head)
 
 
 def native_decoder(model: Model, kernels: Kernels, matrices: dict[str, PackedMatrix]) -> NativeDecoder:
@@ -63,9 +64,12 @@ def load_linear(tensors: dict[str, Tensor], gptq_version: int, workspace: Worksp
     return make_linear(tensors, workspace=workspace, gptq_version=gptq_version) if matrix is None else NativeLinear(kernels, matrix)
 
 
-def load_head(model: Model, workspace: Workspace) -> Linear:
-    """The head: of a quantized model on a CPU with kernels in as many bits as its recipe says, otherwise as stored."""
-    weight = model.tensor(HEAD)
+def load_head(model: Model | Mixture, workspace: Workspace, weight: Tensor | None = None) -> Linear:
+    """The head: of a quantized model on a CPU with kernels in as many bits as its recipe says, otherwise as stored.
+
+    weight: [vocab, hidden_size], if it was read already.
+    """
+    weight = model.tensor(HEAD) if weight is None else weight
     kernels = native_kernels() if torch.device(workspace.device).type == "cpu" and is_packed(model) else None
     matrix = round_rows(weight) if kernels and head_bits(model) == 8 else None
     return make_linear({"weight": weight}, workspace=workspace) if matrix is None else NativeLinear(kernels, matrix)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import LINEARS, DecoderConfig, Linear, rms_norm, rotary_tables
+from vlquant.decoder import LINEARS, DecoderConfig, Linear, positions_of, rms_norm, rotary_tables
 from vlquant.runtime.native import PANEL, Kernels, MatrixFields, PackedMatrix
 
 CHUNK = 256
@@ -127,8 +127,7 @@ class NativeDecoder:
         cache = self.new_cache(batch=batch, capacity=length) if cache is None else cache
         total = cache.length + length
         mask = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-        positions = (mask.long().cumsum(-1) - 1).masked_fill(~mask, 1)[:, -length:]
-        rotary = [each[:, 0].contiguous() for each in rotary_tables(positions, self.config)]  # [batch, length, head_dim]
+        rotary = [each[:, 0] for each in rotary_tables(positions_of(mask, length), self.config)]  # [batch, length, head_dim]
         starts = mask.long().argmax(-1)
         hidden = [
             self.run_layers(rows, cosines, sines, starts, cache)

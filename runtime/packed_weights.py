@@ -15,8 +15,9 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from vlquant.bundle import MANIFEST, read_manifest
+from vlquant.bundle import MANIFEST, Manifest, read_manifest
 from vlquant.decoder import LINEARS
+from vlquant.kept_answers import cache_folder
 from vlquant.layout import HEAD, layer_prefix, layer_shapes
 from vlquant.model import Model
 from vlquant.publishing import flush_entry
@@ -50,9 +51,12 @@ def packed_matrices(model: Model) -> dict[str, PackedMatrix] | None:
 
 def head_bits(model: Model) -> int:
     """How a quantized model's head is to be computed, 8 or 16: as its recipe says, if it has one."""
-    if not (model.folder / MANIFEST).is_file():
-        return Recipe.head_bits
-    return read_manifest(model.folder).recipe.get("head_bits", Recipe.head_bits)
+    return bits_of_head(read_manifest(model.folder)) if (model.folder / MANIFEST).is_file() else Recipe.head_bits
+
+
+def bits_of_head(manifest: Manifest) -> int:
+    """What the recipe says; bundles made before there was a choice have the default."""
+    return manifest.recipe.get("head_bits", Recipe.head_bits)
 
 
 def pack_model(model: Model) -> dict[str, PackedMatrix] | None:
@@ -84,14 +88,13 @@ def source_of(model: Model) -> str | None:
     if not (model.folder / MANIFEST).is_file():
         return None
     manifest = read_manifest(model.folder)
-    facts = [FORMAT, dict(sorted(manifest.files.items())), head_bits(model)]
+    facts = [FORMAT, dict(sorted(manifest.files.items())), bits_of_head(manifest)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def places(bundle: Path, source: str) -> tuple[Path, Path]:
     """Where the file may lie: in the bundle, or in the user's cache if that cannot be written to."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return bundle / FILE, cache / "vlquant" / f"{source[:32]}.safetensors"
+    return bundle / FILE, cache_folder() / f"{source[:32]}.safetensors"
 
 
 def parts(matrix: PackedMatrix) -> dict[str, Tensor]:

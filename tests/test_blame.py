@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from vlquant.blame import NO_NOISE, find_blame, spread, worst_tile
-from vlquant.forced import forced_states
+from vlquant.forced import LogitsHead, forced_states
 from vlquant.hidden_states import HiddenStates, write_states
 from vlquant.model import open_model
 from vlquant.quantize import quantize
@@ -44,7 +44,8 @@ def blame(models, prompts, folder, answers=ANSWERS):
         place.mkdir()
         found = forced_states(model, own, answers, folder=place, device="cpu", step=lambda *done: None) if answers else ()
         known.append(dict(zip(answers, found, strict=True)).__getitem__)
-    found = find_blame(models, prompts, tuple(known), answers, device="cpu", step=lambda *done: steps.append(done))
+    heads = tuple(map(LogitsHead, models))
+    found = find_blame(models, heads, prompts, tuple(known), answers, step=lambda *done: steps.append(done))
     assert not steps or steps[-1][0] == steps[-1][1] == len(steps)
     return found
 

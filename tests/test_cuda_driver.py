@@ -9,7 +9,8 @@ import torch
 
 from vlquant.errors import InvalidRequest, MissingDependency
 from vlquant.runtime import cuda_driver, reader
-from vlquant.runtime.cuda_driver import Card, DriverKernels, has_code_for, kernel_parameters, require_code_for
+from vlquant.gpu_support import has_code
+from vlquant.runtime.cuda_driver import Card, DriverKernels, kernel_parameters, require_code_for
 from vlquant.runtime.reader import require_device
 
 CUDA_126 = ["sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"]
@@ -37,7 +38,7 @@ CARDS = [
 
 @pytest.mark.parametrize(("name", "capability", "built_for", "runs"), CARDS, ids=lambda each: str(each)[:24])
 def test_which_cards_a_build_runs_on(name, capability, built_for, runs):
-    assert has_code_for(capability, built_for) == runs
+    assert has_code(built_for, capability) == runs
 
 
 def test_a_card_that_torch_has_dropped_is_one_sentence(monkeypatch):

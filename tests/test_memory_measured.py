@@ -18,7 +18,7 @@ NAME = "InternVL2_5-1B"
 ASK = """
 import random, sys
 from PIL import Image
-from vlquant.compare import peak_memory
+from vlquant.machine import peak_memory
 from vlquant.request import Request
 from vlquant.runtime import Generation, load
 

@@ -26,23 +26,22 @@ NO_NOISE = 999.0
 
 
 def find_blame(
-    models: tuple[Model, Model], prompts: tuple[HiddenStates, HiddenStates], states: tuple[StatesOf, StatesOf], answers: Answers, *,
-    device: str, step: Step,
+    models: tuple[Model, Model], heads: tuple[LogitsHead, LogitsHead], prompts: tuple[HiddenStates, HiddenStates],
+    states: tuple[StatesOf, StatesOf], answers: Answers, *, step: Step,
 ) -> Blame | None:  # fmt: skip
     """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers or finite numbers.
 
-    models, prompts: reference and bundle; states: theirs along an answer, as `forced_states` has them; answers: of questions
+    models, heads, prompts: reference and bundle; states: theirs along an answer, as `forced_states` has them; answers: of questions
     with pictures, of which some are taken.
     """
     chosen = spread(answers)
     if not chosen:
         return None
     own = tuple([each(number) for number in chosen] for each in states)
-    heads = tuple(LogitsHead(model, device) for model in models)
     both = mean_divergence(heads, own, chosen)
     if all(torch.equal(prompts[0][number], prompts[1][number]) for number in chosen):
         return Blame(len(chosen), None, both, both, None) if math.isfinite(both) else None
-    layers, done = models[0].config.decoder.layers, 0
+    layers, done, device = models[0].config.decoder.layers, 0, str(heads[0].norm.device)
 
     def count(*_: int) -> None:
         nonlocal done

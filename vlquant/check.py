@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +34,7 @@ from vlquant.findings_summary import (
 )
 from vlquant.hidden_states import HiddenStates
 from vlquant.kept_answers import KeptAnswer
+from vlquant.machine import available_memory, physical_memory
 from vlquant.predictions import read_predictions
 from vlquant.publishing import NO_SPACE
 from vlquant.reference import find_reference
@@ -120,7 +120,7 @@ def sides_of(folder: Path, source: Path, manifest: Manifest, options: CheckOptio
         changed += [f"{tower.name}/{name}" for name in changed_files(tower, read_vision_manifest(tower))]
     if changed:
         raise BrokenCheckpoint(f"{folder} is not as it was written: {', '.join(changed[:3])} changed; quantize or export again")
-    allowed = available_memory() if options.memory is None else int(options.memory * 1e9)
+    allowed = available_memory() or physical_memory() if options.memory is None else int(options.memory * 1e9)
     answers = {}
     for name, place in (("the reference", source), ("the bundle", folder)):
         needed = int(ROOM * loaded_bytes(place, tower))
@@ -145,15 +145,6 @@ def loaded_bytes(place: Path, tower: Path | None) -> int:
     idle = {place / name for name in FOLDERS.values()} - {tower}
     weights = [path for path in place.glob("**/*") if path.suffix in (".safetensors", ".data", ".bin")]
     return sum(path.stat().st_size for path in weights if path.parent not in idle)
-
-
-def available_memory() -> int:
-    """Bytes that programs can have now without swapping; all there is where the system does not tell."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def examine(

@@ -51,7 +51,7 @@ def measure(
     pictured = {number: ids for number, ids in answers.items() if findings.tiles[number]}
     places, step = {number: place for place, number in enumerate(answers)}, layers_done(report, "blame, layers")
     known = tuple(lambda number, own=own: own[places[number]] for own in states)
-    blame = find_blame(models, prompts, known, pictured, device=options.device, step=step)
+    blame = find_blame(models, heads, prompts, known, pictured, step=step)
     if blame is not None and blame.vision is not None:
         keys = [each.question.key for each in findings.asked]
         tile = worst_tile(keys, places_of(findings, models[0]), prompts, models[0].config.chat.tokens_per_tile)

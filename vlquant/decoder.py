@@ -134,6 +134,11 @@ def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     return (x * cosines + turned * sines).to(x.dtype)
 
 
+def positions_of(attention_mask: Tensor, length: int) -> Tensor:
+    """Positions [batch, length] of the last columns of a mask [batch, total]: they count the unmasked, padded ones are 1."""
+    return (attention_mask.long().cumsum(-1) - 1).masked_fill(~attention_mask.bool(), 1)[:, -length:]
+
+
 def visible_keys(attention_mask: Tensor, queries: int) -> Tensor:
     """Which keys each of the last `queries` positions may see, bool [batch, queries, keys].
 
@@ -161,9 +166,7 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
             # There the kernels that need no matrix of scores know no groups; of one layer at a time the copies are small.
             keys, values = (each.repeat_interleave(groups, dim=1) if groups > 1 else each for each in (keys, values))
             return F.scaled_dot_product_attention(queries, keys, values, is_causal=True)
-        return F.scaled_dot_product_attention(
-            queries, keys, values, is_causal=True, enable_gqa=groups > 1
-        )
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True, enable_gqa=groups > 1)
     # The query heads of a group become further query positions of their one key head.
     folded = queries.reshape(batch, keys.shape[1], groups * length, head_dim)
     mask = None if visible is None else visible[:, None].repeat(1, 1, groups, 1)
@@ -314,8 +317,7 @@ class Decoder:
         total = length + (cache.length if cache else 0)
         if attention_mask is None:
             attention_mask = torch.ones(batch, total, dtype=torch.bool, device=embeddings.device)
-        positions = attention_mask.long().cumsum(-1) - 1
-        positions = positions.masked_fill(~attention_mask.bool(), 1)[:, -length:]
+        positions = positions_of(attention_mask, length)
         padded = not bool(attention_mask.all())
         plain = not padded and (length == 1 or total == length)
         visible = None if plain else visible_keys(attention_mask, length)

@@ -137,7 +137,7 @@ def has_code(architectures: Iterable[str], capability: Capability) -> bool:
     """Whether a build for `architectures`, as torch names them, runs on a card.
 
     Machine code (sm_60) runs on later cards of the same major number; an intermediate form (compute_90) on all later
-    ones; with a letter (sm_90a) on that card alone.
+    ones; with a letter (sm_90a, compute_90a) on that card alone.
     """
     return any(_runs(each, capability) for each in architectures)
 
@@ -146,6 +146,6 @@ def _runs(architecture: str, capability: Capability) -> bool:
     kind, _, digits = architecture.partition("_")
     major, minor, letter = re.fullmatch(r"(\d+)(\d)([a-z]?)", digits).groups()
     target = int(major), int(minor)
-    if letter == "a":
-        return kind == "sm" and target == capability
+    if letter:
+        return target == capability
     return target <= capability if kind == "compute" else target[0] == capability[0] and target[1] <= capability[1]

@@ -1,4 +1,4 @@
-"""The machine and libraries that something was measured with. Reads what the system tells; loads no library."""
+"""What the system tells of the machine, its memory and installed libraries. Loads no library."""
 
 import importlib.metadata
 import os
@@ -36,16 +36,20 @@ class Machine:
 def this_machine(threads: int) -> Machine:
     """The machine this process runs on."""
     processor, flags = processor_and_flags()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return Machine(
         processor=processor,
-        cores=cores,
+        cores=usable_cores(),
         threads=threads,
         instructions=tuple(each for each in INSTRUCTION_SETS if each in flags),
         system=f"{platform.system()} {platform.release()} {platform.machine()}",
         load_average=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         libraries=library_versions(),
     )
+
+
+def usable_cores() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def processor_and_flags() -> tuple[str, set[str]]:
@@ -70,6 +74,20 @@ def library_versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return versions
+
+
+def physical_memory() -> int | None:
+    """Bytes of memory there are; None where the system does not tell."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+
+
+def available_memory() -> int | None:
+    """Bytes that a program can take without driving others out of memory; None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError):
+        return None
 
 
 def peak_memory() -> int | None:

@@ -92,7 +92,7 @@ PLACES = {
 COMPILED = replace(
     PLACES["cpu"], expanded_value=0, expands_head=False, keeps_freed=False, embedding=Form(0), head=Form(8, -1, 2), chunk=256
 )
-"""A CPU whose compiled kernels know all linears: nothing is expanded, rows of the embedding are read from the file."""
+"""A CPU whose compiled kernels know all linears: nothing is expanded, rows of the embedding are read from the file. Not measured yet."""
 TEXT_TOKENS = 512
 """Left for system message, question and answer beside the tiles."""
 PIXEL_COPIES = 3

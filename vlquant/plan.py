@@ -7,12 +7,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vlquant.bundle import MANIFEST, read_manifest
-from vlquant.check import available_memory
 from vlquant.config import ModelConfig, parse_config
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, VlquantError
 from vlquant.events import Event, Report, silent
 from vlquant.hub_headers import fetch_headers
 from vlquant.layout import EMBEDDING, HEAD, layer_shapes, language_shapes
+from vlquant.machine import available_memory, physical_memory
 from vlquant.members import KNOWN_MODELS, MEMBERS, member_config
 from vlquant.memory import (
     FORMS,
@@ -108,7 +108,7 @@ def plan(
         raise InvalidRequest(f"device {device!r} is unknown; use {' or '.join(PLACES)}")
     weights, own, remarks = weights_of(model, report)
     config, place, path = weights.config, PLACES[device], Path(model).expanduser()
-    limit = memory or (GPU_BYTES if device == "cuda" else available_memory())
+    limit = memory or (GPU_BYTES if device == "cuda" else available_memory() or physical_memory())
     context, tiles = asked_size(config, context, tiles)
     methods = {own: weights} if own else dict(methods_of(weights))
     impossible = [] if own else [name for name in FORMS if name not in methods]

@@ -15,8 +15,8 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
-from pathlib import Path
 
+from vlquant.machine import physical_memory, processor_and_flags, usable_cores
 from vlquant.nvidia import Gpu, find_driver, unseen_devices
 
 DISTRIBUTIONS = (
@@ -166,14 +166,6 @@ def reason_of(exit_code: int, standard_error: str) -> str:
 
 def find_cpu() -> Cpu:
     """The processor and memory, as Linux tells them, or less elsewhere."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = told["flags"].split() if "flags" in told else None
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
-    name = told.get("model name") or platform.processor() or platform.machine()
-    known = None if flags is None else tuple(word for flag, word in INSTRUCTIONS.items() if flag in flags)
-    return Cpu(name, known, cores, memory)
+    processor, flags = processor_and_flags()
+    known = tuple(word for flag, word in INSTRUCTIONS.items() if flag in flags) if flags else None
+    return Cpu(processor, known, usable_cores(), physical_memory())

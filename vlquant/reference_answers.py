@@ -12,6 +12,7 @@ from vlquant.calibration_sets import ChosenConversations, WrittenAnswer
 from vlquant.errors import VlquantError
 from vlquant.events import Event, Report
 from vlquant.fitting import LONGEST_ANSWER, fitting_request
+from vlquant.machine import available_memory
 from vlquant.model import Model
 from vlquant.publishing import replace_text
 from vlquant.request import EncodedRequest
@@ -20,7 +21,6 @@ from vlquant.runtime.pipeline import Pipeline, load
 
 TOGETHER = 8
 """Conversations answered side by side."""
-MEMORY_FILE = Path("/proc/meminfo")
 
 
 def with_answers(
@@ -80,11 +80,3 @@ def require_memory(model: Model, available: int | None, kind: str = "memory") ->
             f"the calibration data has conversations without answers, and {model.folder.name}, which would write them, needs "
             f"{needed / 1e9:.1f} GB where {available / 1e9:.1f} GB of {kind} are free; give a .jsonl file with answers"
         )
-
-
-def available_memory() -> int | None:
-    """Bytes that a program can take without driving others out of memory; None where the system does not say."""
-    if not MEMORY_FILE.exists():
-        return None
-    lines = dict(line.split(":", 1) for line in MEMORY_FILE.read_text().splitlines())
-    return int(lines["MemAvailable"].split()[0]) * 1024 if "MemAvailable" in lines else None
