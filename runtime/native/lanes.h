@@ -27,18 +27,13 @@ INLINE int four_bytes(const int8_t *from) { return *(const four_bytes_at *)from;
 INLINE floats all_floats(float value) { return value - (floats){0}; }
 INLINE ints all_ints(int value) { return value - (ints){0}; }
 INLINE floats to_floats(ints value) { return __builtin_convertvector(value, floats); }
+/* In two steps, for each of which there is an instruction; GCC makes the one step of scalars. */
+INLINE few_bytes to_bytes(floats value) { return __builtin_convertvector(__builtin_convertvector(value, ints), few_bytes); }
 
 INLINE floats larger(floats a, floats b)
 {
     ints first = a > b;
     return (floats)((first & (ints)a) | (~first & (ints)b));
-}
-
-INLINE float largest_lane(floats value)
-{
-    float found = value[0];
-    for (int lane = 1; lane < LANES; lane++) found = value[lane] > found ? value[lane] : found;
-    return found;
 }
 
 INLINE float sum_lanes(floats value)
@@ -70,6 +65,9 @@ INLINE floats exponential(floats value)
 
 #ifdef WITH_VNNI
 
+INLINE float largest_lane(floats value) { return _mm512_reduce_max_ps((__m512)value); }
+INLINE int sum_ints(ints value) { return _mm512_reduce_add_epi32((__m512i)value); }
+
 /* One product of four unsigned by four signed bytes per lane, added to `sum`; the signed ones are the same in all lanes. */
 INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
 {
@@ -84,6 +82,19 @@ INLINE floats read_halves(const uint16_t *from)
 }
 
 #else
+
+INLINE float largest_lane(floats value)
+{
+    __m128 most = _mm_max_ps(_mm256_castps256_ps128((__m256)value), _mm256_extractf128_ps((__m256)value, 1));
+    most = _mm_max_ps(most, _mm_movehl_ps(most, most));
+    return _mm_cvtss_f32(_mm_max_ss(most, _mm_movehdup_ps(most)));
+}
+INLINE int sum_ints(ints value)
+{
+    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128((__m256i)value), _mm256_extracti128_si256((__m256i)value, 1));
+    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
+}
 
 /* Codes below 16: pairs of products stay far below what 16 bits hold. */
 INLINE ints dot_bytes(ints sum, bytes codes, int inputs)

@@ -4,6 +4,9 @@
    lanes. An input is 255 * coarse + fine, both bytes, with one scale for 128 of them: how fast weights come from memory
    decides what a single row takes, so the second product costs little there, and results are those of float inputs. */
 
+/* Arrays of registers stay in registers only where the loops over them are gone. */
+#define UNROLLED _Pragma("GCC unroll 8")
+
 enum { RADIX = 255, LARGEST = RADIX * 127 + 127 };
 
 static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
@@ -39,9 +42,10 @@ static void quantize_row(const float *values, int64_t row, int64_t rows, int64_t
         }
         float largest = largest_lane(most), inverse = largest > 0 ? LARGEST / largest : 0.0f;
         ints sum = {0};
+        int32_t so_far = 0;
         for (int64_t i = start; i < stop; i += LANES) {
             floats code = nearest(read_floats(own + i) * inverse), high = nearest(code * (1.0f / RADIX));
-            few_bytes coarse = __builtin_convertvector(high, few_bytes), fine = __builtin_convertvector(code - high * RADIX, few_bytes);
+            few_bytes coarse = to_bytes(high), fine = to_bytes(code - high * RADIX);
             for (int lane = 0; lane < LANES; lane += 4) {
                 int8_t *place = codes + (i + lane) / 4 * 8 * group.size;
                 memcpy(place, (int8_t *)&coarse + lane, 4);
@@ -49,8 +53,7 @@ static void quantize_row(const float *values, int64_t row, int64_t rows, int64_t
             }
             sum += __builtin_convertvector(code, ints);
             if (i % BLOCK == BLOCK - LANES) {
-                sums[i / BLOCK] = 0;
-                for (int lane = 0; lane < LANES; lane++) sums[i / BLOCK] += sum[lane];
+                sums[i / BLOCK] = so_far += sum_ints(sum);
                 sum = (ints){0};
             }
         }
@@ -59,17 +62,17 @@ static void quantize_row(const float *values, int64_t row, int64_t rows, int64_t
 }
 
 /* Add the products of one block of 32 columns: LANES rows of a matrix, a group of `rows` rows of inputs. */
-INLINE void multiply_block(const uint8_t *codes, const int8_t *inputs, const int rows, const int wide, ints high[rows], ints low[rows])
+INLINE void multiply_block(const uint8_t *codes, const int8_t *inputs, const int rows, const int wide, ints *high, ints *low)
 {
     for (int quad = 0; quad < (wide ? 8 : 4); quad++) {
         bytes own = read_bytes(codes + 4 * PANEL * quad), first = wide ? own : own & 15;
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             high[r] = dot(high[r], first, four_bytes(inputs + 8 * (quad * rows + r)), wide);
             low[r] = dot(low[r], first, four_bytes(inputs + 8 * (quad * rows + r) + 4), wide);
         }
         if (wide) continue;
         bytes second = (bytes)(((ints)own >> 4) & 0x0f0f0f0f);
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             high[r] = dot(high[r], second, four_bytes(inputs + 8 * ((quad + 4) * rows + r)), 0);
             low[r] = dot(low[r], second, four_bytes(inputs + 8 * ((quad + 4) * rows + r) + 4), 0);
         }
@@ -78,29 +81,29 @@ INLINE void multiply_block(const uint8_t *codes, const int8_t *inputs, const int
 
 /* Outputs of LANES rows of a matrix, from row LANES * part on, for a group of `rows` rows of inputs, a constant where inlined. */
 INLINE void tile(const Matrix *matrix, const Inputs *inputs, int64_t part, int64_t row, const int rows, const int wide,
-                 floats totals[rows])
+                 floats *totals)
 {
     const int64_t columns = matrix->columns, blocks = columns / BLOCK, per_group = matrix->group_size / BLOCK;
     const int64_t groups = blocks / per_group, block_bytes = PANEL * BLOCK / (wide ? 1 : 2), chunks = chunks_of(columns);
     const int64_t panel = part / PARTS, half = part % PARTS * LANES;
     const uint8_t *codes = matrix->codes + panel * blocks * block_bytes + half * 4;
     const uint16_t *scales = matrix->scales + panel * groups * PANEL + half;
-    for (int r = 0; r < rows; r++) totals[r] = (floats){0};
+    UNROLLED for (int r = 0; r < rows; r++) totals[r] = (floats){0};
     for (int64_t block = 0; block < blocks;) {
         /* As far as neither the scale of the weights nor that of the inputs changes. */
         int64_t group = block / per_group, chunk = block / (CHUNK / BLOCK), stop = blocks;
         if ((group + 1) * per_group < stop) stop = (group + 1) * per_group;
         if ((chunk + 1) * (CHUNK / BLOCK) < stop) stop = (chunk + 1) * (CHUNK / BLOCK);
-        ints high[rows], low[rows];
-        for (int r = 0; r < rows; r++) {
-            int32_t sum = 0;
-            for (int64_t each = block; each < stop; each++) sum += inputs->sums[(row + r) * chunks * (CHUNK / BLOCK) + each];
+        ints high[TILE_ROWS], low[TILE_ROWS];
+        const int32_t *sums = inputs->sums + row * chunks * (CHUNK / BLOCK);
+        UNROLLED for (int r = 0; r < rows; r++, sums += chunks * (CHUNK / BLOCK)) {
+            int32_t sum = sums[stop - 1] - (block % (CHUNK / BLOCK) ? sums[block - 1] : 0);
             high[r] = (ints){0}, low[r] = all_ints(-(wide ? WIDE_ZERO : 8) * sum);
         }
         for (; block < stop; block++)
             multiply_block(codes + block * block_bytes, inputs->codes + 2 * (row * columns + block * BLOCK * rows), rows, wide, high, low);
         floats weight_scale = read_halves(scales + group * PANEL);
-        for (int r = 0; r < rows; r++) {
+        UNROLLED for (int r = 0; r < rows; r++) {
             ints sum = (high[r] << 8) - high[r] + low[r]; /* RADIX times the high one */
             totals[r] += to_floats(sum) * (inputs->scales[(row + r) * chunks + chunk] * weight_scale);
         }
@@ -110,9 +113,9 @@ INLINE void tile(const Matrix *matrix, const Inputs *inputs, int64_t part, int64
 INLINE void store_tile(const Matrix *matrix, const Inputs *inputs, float *outputs, int64_t part, int64_t row, const int rows,
                        const int wide, int added)
 {
-    floats totals[rows];
+    floats totals[TILE_ROWS];
     tile(matrix, inputs, part, row, rows, wide, totals);
-    for (int r = 0; r < rows; r++) {
+    UNROLLED for (int r = 0; r < rows; r++) {
         float *place = outputs + (row + r) * matrix->rows + part * LANES;
         if (matrix->bias) totals[r] += read_floats(matrix->bias + part * LANES);
         if (added) totals[r] += read_floats(place);
@@ -136,7 +139,7 @@ static void strip(const Matrix *matrix, const Inputs *inputs, float *outputs, in
 static void multiply(Team *team, const Matrix *const *matrices, float *const *outputs, int count,
                             const Inputs *inputs, int64_t rows, int added)
 {
-    enum { STRIP = 8, ROWS_AT_ONCE = 96 };
+    enum { STRIP = 8, ROWS_AT_ONCE = 48 };
     for (;;) {
         int64_t piece = draw(team), which = 0;
         for (; which < count; which++) {
