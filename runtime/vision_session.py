@@ -3,6 +3,7 @@
 Knows the `vision/` folder and the vision half of a model; knows nothing of pictures, text or the decoder.
 """
 
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -34,14 +35,23 @@ class OnnxVision:
         """Open `folder` (the one that holds model.onnx) on "cpu", "cuda" or "cuda:N".
 
         threads: of one operator, on the CPU; None: one per physical core.
-        Raises InvalidRequest, BrokenCheckpoint or MissingDependency, as `read_vision_manifest` and `open_session` do.
+        Raises InvalidRequest, BrokenCheckpoint or MissingDependency, as `read_vision_manifest` and `open_session` do, the
+        latter on a CPU when the first picture comes.
         """
         self.manifest = read_vision_manifest(Path(folder))
         self.device = torch.device(device)
         self.name = f"onnx {self.manifest.name}"
         """What is being run, in words."""
-        self._session = open_session(Path(folder) / GRAPH_FILE, self.device, threads=threads)
+        self._graph, self._threads = Path(folder) / GRAPH_FILE, threads
+        import_onnxruntime()
+        if self.device.type != "cpu":
+            _ = self._session  # Whether a GPU can do it, and has room, is better known at once.
         self._feature_shape = (self.manifest.tokens_per_tile, self.manifest.feature_size)
+
+    @cached_property
+    def _session(self):
+        """Opened on a CPU by the first picture: a text needs neither its seconds nor its memory."""
+        return open_session(self._graph, self.device, threads=self._threads)
 
     def __call__(self, pixel_values: Tensor) -> Tensor:
         """Features float32 [tiles, tokens, feature_size] of `pixel_values` [tiles, 3, side, side], on its device."""

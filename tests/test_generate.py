@@ -123,6 +123,13 @@ def test_top_one_is_greedy():
     assert torch.equal(choose(keep_top_p(logits, 1e-6), generators), logits.argmax(-1))
 
 
+def test_without_generators_the_first_of_the_largest_is_chosen():
+    logits = torch.tensor([[0.0, 3.0, 3.0, -1.0], [-torch.inf, -5.0, -torch.inf, -6.0]])
+    assert choose(logits, None).tolist() == [1, 1] and choose(logits, None).dtype == torch.int64
+    wide = torch.randn(3, 1000)
+    assert torch.equal(choose(wide[:, ::2], None), wide[:, ::2].argmax(-1))
+
+
 LOGITS = torch.randn(3, 50, generator=torch.Generator().manual_seed(6)) * 3
 ROWS = [[4, 9, 9, 30], [0, 1], [49, 48, 47]]
 

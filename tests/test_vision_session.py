@@ -11,6 +11,7 @@ import torch
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, UnsupportedCheckpoint
 from vlquant.export.vision import export_vision
 from vlquant.model import open_model
+from vlquant.runtime import vision_session
 from vlquant.runtime.vision_session import OnnxVision, TorchVision, bind, tiles_per_run
 from vlquant.tiling import cut_tiles, normalize
 
@@ -65,6 +66,14 @@ def test_threads_can_be_chosen(folder):
     torch.testing.assert_close(OnnxVision(folder, threads=1)(tiles(1)), OnnxVision(folder)(tiles(1)))
 
 
+def test_the_session_is_opened_once_by_the_first_picture(folder, monkeypatch):
+    opened, really = [], vision_session.open_session
+    monkeypatch.setattr(vision_session, "open_session", lambda *args, **named: opened.append(args) or really(*args, **named))
+    vision = OnnxVision(folder)
+    assert not opened
+    assert torch.equal(vision(tiles(1)), vision(tiles(1))) and len(opened) == 1
+
+
 def test_a_missing_export_names_the_command(tmp_path):
     with pytest.raises(InvalidRequest, match="`vlquant export-vision`"):
         OnnxVision(tmp_path / "vision")
@@ -87,8 +96,9 @@ def test_a_truncated_file_is_named(folder):
 def test_a_graph_onnx_runtime_cannot_read_is_one_sentence(folder):
     path = folder / "model.onnx"
     path.write_bytes(b"\xff" * path.stat().st_size)
+    vision = OnnxVision(folder)
     with pytest.raises(BrokenCheckpoint, match="model.onnx cannot be loaded by ONNX Runtime") as caught:
-        OnnxVision(folder)
+        vision(tiles(1))
     assert "\n" not in str(caught.value)
 
 

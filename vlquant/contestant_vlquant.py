@@ -11,6 +11,7 @@ from vlquant.bench_options import row_lengths
 from vlquant.request import Request
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.pipeline import load
+from vlquant.runtime.sampling import likeliest
 
 QUESTION = "What is the total?"
 
@@ -79,7 +80,7 @@ class Contestant:
         started = time.perf_counter()
         for step in range(1, tokens + 1):
             embeddings = self.decoder.embed(ids[:, None]).float()
-            ids = self.decoder(embeddings, attention_mask=mask[:, : context + step], cache=cache)[:, -1].argmax(-1)
+            ids = likeliest(self.decoder(embeddings, attention_mask=mask[:, : context + step], cache=cache)[:, -1])
         return time.perf_counter() - started
 
     def filled(self, context: int, batch: int, tokens: int) -> tuple[object, Tensor]:
