@@ -221,6 +221,20 @@ def test_steps_equal_the_decoder_in_torch(kernels, name, length, pads):
         assert apart < 2e-4, apart
 
 
+@pytest.mark.parametrize("largest", [30, 88, 110, 300, 3e4])
+def test_gates_of_any_size(kernels, largest):
+    # Far below zero silu is 0: an exponential that overflows would give the gate itself.
+    native, wanted = decoders(DecoderConfig(64, 1, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096), kernels)
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
+    gate, gates = wanted.layers[0].linears["mlp.gate_proj"], []
+    wanted.layers[0].linears["mlp.gate_proj"] = lambda rows: gates.append(gate(rows)) or gates[-1].clone()
+    wanted(x)
+    gate.matrix.scales.mul_(largest / float(gates.pop().abs().max()))
+    found, right = native(x, all_positions=True), wanted(x, all_positions=True)
+    assert -1.01 * largest < gates[0].min() < -0.7 * largest and 0.7 * largest < gates[0].max()
+    assert (found - right).norm() < 2e-4 * right.norm()
+
+
 def test_the_last_position_alone_has_the_same_logits(kernels):
     native, _ = decoders(CONFIGS["biases"], kernels)
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
