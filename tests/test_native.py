@@ -306,14 +306,16 @@ def test_a_cache_of_8_bits_is_close_and_not_the_same(kernels):
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_copied_cache_goes_on_to_the_bit(kernels, bits):
+@pytest.mark.parametrize("before, after, moved", [(40, 77, True), (40, 48, False), (77, 40, False), (99, 40, True)])
+def test_a_kept_cache_goes_on_to_the_bit(kernels, bits, before, after, moved):
     native, _ = decoders(CONFIGS["biases"], kernels)
     x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
-    whole = native.new_cache(batch=1, capacity=40, bits=bits)
-    wanted = native(x, cache=whole, all_positions=True)
-    again = native.new_cache(batch=1, capacity=77, bits=bits)
-    again.copy_from(whole, 21)
-    assert torch.equal(native(x[:, 21:], cache=again, all_positions=True), wanted[:, 21:])
+    cache = native.new_cache(batch=1, capacity=before, bits=bits)
+    wanted = native(x, cache=cache, all_positions=True)
+    place = cache.keys.data_ptr()
+    cache.keep(21, after)
+    assert cache.length == 21 and cache.capacity >= after and (cache.keys.data_ptr() != place) == moved
+    assert torch.equal(native(x[:, 21:], cache=cache, all_positions=True), wanted[:, 21:])
 
 
 def test_neighbours_and_pieces_change_no_bit(kernels):
