@@ -281,6 +281,24 @@ def test_a_child_after_fork_has_its_own_threads():
     assert run_python(code).stdout.strip() == "7"
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_changes_of_size_leave_no_threads_behind():
+    code = (
+        "import os, torch\n"
+        "from vlquant.runtime.native import *\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "m = packed_matrix(torch.randint(0, 16, (256, 32), dtype=torch.uint8, generator=g), torch.ones(1, 256).half(), None, bits=4)\n"
+        "linear, x, counts = NativeLinear(native_kernels(), m), torch.randn(9, 32, generator=g), []\n"
+        "wanted = linear(x)\n"
+        "for n in range(3000):\n"
+        "    torch.set_num_threads(1 + 7 * n % 4)\n"
+        "    assert torch.equal(linear(x), wanted)\n"
+        "    if n in (3, 2999): counts.append(len(os.listdir('/proc/self/task')))\n"
+        "print(counts[1] - counts[0])\n"
+    )
+    assert run_python(code).stdout.strip() == "0"
+
+
 @pytest.mark.parametrize("wanted, printed", [("torch", "None"), ("avx2", "1"), ("", str(FOUND and FOUND.instructions))])
 def test_the_environment_chooses(wanted, printed):
     code = "from vlquant.runtime.native import native_kernels as k; print(k() and k().instructions)"

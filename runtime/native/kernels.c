@@ -25,12 +25,11 @@ int vlquant_instructions(void)
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
 }
 
-/* Have so many threads from now on; 0 if the system gives them. A team survives neither a fork nor a change of size. */
+/* Have so many threads from now on; 0 if the system gives them. */
 int vlquant_threads(int size)
 {
-    if (team && team->size == size && team->owner == getpid()) return 0;
-    team = new_team(size); /* an old one sleeps for ever: its threads may belong to the process before the fork */
-    return team ? 0 : -1;
+    if (!team || team->owner != getpid()) team = new_team(); /* the threads of an old one stayed in the process before the fork */
+    return team ? resize(team, size) : -1;
 }
 
 int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t length)
