@@ -16,6 +16,9 @@ void run_product_avx2(Team *, const Matrix *, const float *, int64_t, float *, f
 
 static Team *team;
 
+/* What these sources take: a library of older ones would read memory wrongly. */
+int vlquant_layout(void) { return LAYOUT; }
+
 /* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. */
 int vlquant_instructions(void)
 {
@@ -41,7 +44,7 @@ int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t le
 
 int64_t vlquant_product_scratch(const Matrix *matrix, int64_t rows)
 {
-    return floats_of_inputs(rows * matrix->columns, rows * ((matrix->columns + 127) / 128));
+    return floats_of_inputs(rows * matrix->columns, rows * chunks_of(matrix->columns));
 }
 
 /* instructions: as found above, or fewer. */

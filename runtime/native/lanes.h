@@ -13,7 +13,7 @@ typedef int32_t four_bytes_at __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PANEL = 16, PARTS = PANEL / LANES, BLOCK = 32, CHUNK = 128, QUERIES = 8 };
+enum { PARTS = PANEL / LANES };
 
 INLINE floats read_floats(const float *from) { return *(const floats_at *)from; }
 INLINE void write_floats(float *to, floats value) { *(floats_at *)to = value; }

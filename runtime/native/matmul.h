@@ -9,8 +9,6 @@
 
 enum { RADIX = 255, LARGEST = RADIX * 127 + 127 };
 
-static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
-
 /* Rows of inputs lie in groups of TILE_ROWS, the last ones of halves of that, side by side quad by quad: a tile reads one line. */
 typedef struct { int64_t start, size; } Group;
 
