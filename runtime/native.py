@@ -6,7 +6,6 @@ Built when vlquant is installed, if there is a C compiler; for x86-64 processors
 """
 
 import ctypes
-import importlib.util
 import os
 import threading
 from collections.abc import Mapping
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from vlquant.errors import InvalidRequest
 from vlquant.packing import symmetric_zero, unpack_gptq
+from vlquant.runtime.kernel_library import library_path, open_library
 
 PANEL = 16
 """Rows of a matrix whose codes lie side by side."""
@@ -147,11 +147,25 @@ class NativeLinear:
         return self.kernels.product(x.flatten(0, -2), self.matrix).unflatten(0, x.shape[:-1])
 
 
+TURN = threading.Lock()
+"""Held while the library works: it has one team of threads, and ctypes lets other Python threads run."""
+
+
+def renew_turn() -> None:
+    """Whoever held it before a fork is not in the child."""
+    global TURN
+    TURN = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_turn)
+
+
 class Kernels:
-    """The compiled library with its team of threads."""
+    """The compiled library and what it is handed. Raises as `open_library`."""
 
     def __init__(self, path: str, instructions: int | None = None):
-        self.library = library = ctypes.CDLL(path)
+        self.library = library = open_library(path)
         found = library.vlquant_instructions()
         self.instructions = found if instructions is None else min(found, instructions)
         for name in ("vlquant_stack_scratch", "vlquant_product_scratch"):
@@ -161,7 +175,6 @@ class Kernels:
         library.vlquant_run_stack.argtypes = [c_int] + [c_void_p] * 4
         library.vlquant_run_product.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         self._scratch = torch.empty(0)
-        self._turn = threading.Lock()  # There is one team and one scratch, and ctypes lets other Python threads run.
 
     def gather(self) -> None:
         """Have as many threads as torch uses; raises OSError if the system gives none."""
@@ -178,7 +191,7 @@ class Kernels:
     def run_stack(self, stack: Structure, cache: Structure, step: Structure) -> None:
         """Let all layers transform the hidden states of a step, in place, and fill the cache."""
         stack, cache = ctypes.byref(stack), ctypes.byref(cache)
-        with self._turn:
+        with TURN:
             self.gather()
             scratch = self.scratch(self.library.vlquant_stack_scratch(stack, cache, step.length))
             self.library.vlquant_run_stack(self.instructions, stack, cache, ctypes.byref(step), scratch)
@@ -187,24 +200,30 @@ class Kernels:
         """values float32 [rows, columns] @ matrix.T + bias: float32 [rows, matrix rows]."""
         values, fields = values.float().contiguous(), matrix.fields()
         outputs, own = torch.empty(len(values), fields.rows), ctypes.byref(fields)
-        with self._turn:
+        with TURN:
             self.gather()
             scratch = self.scratch(self.library.vlquant_product_scratch(own, len(values)))
             self.library.vlquant_run_product(self.instructions, own, values.data_ptr(), len(values), outputs.data_ptr(), scratch)
         return outputs[:, : matrix.rows]
 
 
-@cache
 def native_kernels() -> Kernels | None:
     """The kernels of this installation and processor; None where there are none, or VLQUANT_KERNELS asks for torch.
 
-    Raises InvalidRequest if VLQUANT_KERNELS is neither torch, avx2 nor vnni, or asks for what the processor lacks.
+    Raises InvalidRequest if VLQUANT_KERNELS is neither torch, avx2 nor vnni, or asks for what the processor lacks, and as
+    `open_library`.
     """
-    wanted = os.environ.get("VLQUANT_KERNELS", "")
+    with TURN:  # Two threads that ask first would both load them, each with a scratch of its own.
+        return kernels_for(os.environ.get("VLQUANT_KERNELS", ""))
+
+
+@cache
+def kernels_for(wanted: str) -> Kernels | None:
+    """What `native_kernels` returns for a value of VLQUANT_KERNELS."""
     if wanted not in ("", "torch", *CHOICES):
         raise InvalidRequest(f"the environment variable VLQUANT_KERNELS is {wanted!r}; set it to torch, avx2 or vnni, or unset it")
-    found = importlib.util.find_spec("vlquant.runtime._kernels")
-    kernels = Kernels(found.origin, CHOICES.get(wanted)) if found and wanted != "torch" else None
+    path = library_path() if wanted != "torch" else None
+    kernels = Kernels(path, CHOICES.get(wanted)) if path else None
     if wanted in CHOICES and (kernels is None or kernels.instructions != CHOICES[wanted]):
         raise InvalidRequest(f"VLQUANT_KERNELS asks for {wanted}, which this processor or installation lacks; unset it")
     return kernels if kernels and kernels.instructions else None

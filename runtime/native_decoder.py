@@ -141,6 +141,8 @@ class NativeDecoder:
         batch, length, _ = embeddings.shape
         cache = self.new_cache(batch=batch, capacity=length) if cache is None else cache
         total = cache.length + length
+        if batch != cache.batch or total > cache.capacity:
+            raise ValueError(f"{batch} rows of {total} positions do not go into a cache for {cache.batch} of {cache.capacity}")
         mask = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rotary = [each[:, 0] for each in rotary_tables(positions_of(mask, length), self.config)]  # [batch, length, head_dim]
         starts = mask.long().argmax(-1)

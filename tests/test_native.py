@@ -1,16 +1,23 @@
 """The compiled kernels: their order of codes, products against torch, and whole steps against the decoder in torch."""
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from vlquant import library_probes
 from vlquant.bnb import quantize_int8
 from vlquant.decoder import LINEARS, Decoder, DecoderConfig, DecoderLayer, KeyValueCache, Rope, norm_names
+from vlquant.errors import VlquantError
 from vlquant.packing import dequantize_gptq, pack_gptq
+from vlquant.runtime import native
+from vlquant.runtime.kernel_library import LAYOUT
 from vlquant.runtime.native import (
     CHOICES,
     Kernels,
@@ -281,6 +288,84 @@ def test_a_child_after_fork_has_its_own_threads():
     assert run_python(code).stdout.strip() == "7"
 
 
+WAITING = (
+    "import os, threading, time, torch\n"
+    "from vlquant.runtime.native import *\n"
+    "m = packed_matrix(torch.ones(4096, 4096, dtype=torch.uint8), torch.ones(32, 4096).half(), None, bits=4)\n"
+    "linear, x = NativeLinear(native_kernels(), m), torch.ones(200, 4096)\n"
+)
+
+
+def test_a_child_of_a_process_whose_kernels_work_can_use_them():
+    code = WAITING + (
+        "running = True\n"
+        "def work():\n"
+        "    while running: linear(x)\n"
+        "thread = threading.Thread(target=work); thread.start(); time.sleep(0.5)\n"
+        "for _ in range(3):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        linear(x[:1]); os._exit(7)\n"
+        "    deadline = time.monotonic() + 20\n"
+        "    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline: time.sleep(0.05)\n"
+        "    print(os.waitstatus_to_exitcode(ended[1]) if ended[0] else os.kill(child, 9))\n"
+        "running = False; thread.join()\n"
+    )
+    assert run_python(code).stdout.split() == ["7"] * 3
+
+
+def test_threads_that_ask_first_get_the_same_kernels():
+    code = (
+        "import threading, time\n"
+        "from vlquant.runtime import native\n"
+        "load = native.Kernels\n"
+        "native.Kernels = lambda *given: (time.sleep(0.2), load(*given))[1]\n"
+        "found = []\n"
+        "threads = [threading.Thread(target=lambda: found.append(native.native_kernels())) for _ in range(4)]\n"
+        "[each.start() for each in threads], [each.join() for each in threads]\n"
+        "print(len(found), len({id(each) for each in found}))\n"
+    )
+    assert run_python(code).stdout.split() == ["4", "1"]
+
+
+def test_two_openings_of_the_library_take_turns():
+    # One library has one team, whatever holds it.
+    codes, scales = random_codes(512, 1024, 4, 8)
+    matrix = packed_matrix(codes, scales, None, bits=4)
+    linears = [NativeLinear(Kernels(FOUND.library._name), matrix) for _ in range(2)]
+    x, before = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        wanted = linears[0](x)
+        with ThreadPoolExecutor(2) as pool:
+            assert all(torch.equal(found, wanted) for found in pool.map(lambda n: linears[n % 2](x), range(200)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "kernels.c"
+    for text in ("int vlquant_instructions(void) { return 2; }", f"int vlquant_layout(void) {{ return {LAYOUT + 1}; }}"):
+        source.write_text(text)
+        library = tmp_path / f"{len(text)}.so"
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+        with pytest.raises(VlquantError, match=r"built from other sources .* run pip install -e \. again"):
+            Kernels(str(library))
+        monkeypatch.setattr("vlquant.runtime.kernel_library.library_path", lambda: str(library))
+        with pytest.raises(VlquantError, match="built from other sources"):  # What vlquant doctor shows as broken.
+            library_probes.cpu_kernels()
+
+
+def test_the_layout_has_the_number_of_what_the_kernels_take():
+    # When this fails, raise LAYOUT in model.h and kernel_library.py, and put the new digest here.
+    folder = Path(native.__file__).parent / "native"
+    calls = re.findall(r"^\w[\w *]*vlquant_\w+\([^)]*\)", (folder / "kernels.c").read_text(), re.MULTILINE)
+    code = re.sub(r"/\*.*?\*/|enum { LAYOUT.*?;", " ", (folder / "model.h").read_text() + "".join(calls), flags=re.DOTALL)
+    digest = hashlib.sha256(" ".join(code.split()).encode()).hexdigest()[:16]
+    assert FOUND.library.vlquant_layout() == LAYOUT
+    assert (LAYOUT, digest) == (1, "eb0f91a93b22b4ac")
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_changes_of_size_leave_no_threads_behind():
     code = (
@@ -321,6 +406,26 @@ def test_a_cache_of_8_bits_is_close_and_not_the_same(kernels):
     assert 0 < apart < 0.1
     small, large = (native.new_cache(batch=1, capacity=64, bits=bits).keys.nbytes for bits in (8, 32))
     assert 4 * small == large
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_positions_that_are_no_numbers_stay_visible(kernels, bits, number):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 12] = number
+    finite = native(x, cache=native.new_cache(batch=1, capacity=32, bits=bits), all_positions=True)[0].isfinite()
+    assert not finite[12:].any() and finite[:8].all()
+
+
+@pytest.mark.parametrize("room, batch", [(16, 1), (40_000, 2)])
+def test_what_does_not_fit_the_cache_is_refused(kernels, room, batch):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    cache = native.new_cache(batch=1, capacity=room)
+    native(torch.zeros(1, 10, 64), cache=cache)
+    with pytest.raises(ValueError, match="cache"):
+        native(torch.zeros(batch, 7, 64), cache=cache)
+    assert cache.length == 10
 
 
 @pytest.mark.parametrize("bits", [32, 8])
