@@ -6,6 +6,8 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include <cpuid.h>
+
 #include "system.h"
 #include "buffers.h"
 
@@ -19,13 +21,15 @@ static Team *team;
 /* What these sources take: a library of older ones would read memory wrongly. */
 int vlquant_layout(void) { return LAYOUT; }
 
-/* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. */
+/* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. All that vnni.c and avx2.c are compiled for. */
 int vlquant_instructions(void)
 {
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl")) return 2;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return 0; /* GCC knows the name of this one from 11 on only */
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 }
 
 /* Have so many threads from now on; 0 if the system gives them. */
