@@ -5,7 +5,7 @@ import importlib.util
 
 from vlquant.errors import VlquantError
 
-LAYOUT = 1
+LAYOUT = 2
 """LAYOUT of runtime/native/model.h, to be raised there and here with every change of what Python hands over."""
 
 

@@ -6,10 +6,11 @@ Built when vlquant is installed, if there is a C compiler; for x86-64 processors
 """
 
 import ctypes
+import math
 import os
 import threading
 from collections.abc import Mapping
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -35,7 +36,7 @@ class MatrixFields(Structure):
 
     _fields_ = [(name, c_void_p) for name in ("codes", "scales", "bias")] + [
         (name, c_int64) for name in ("rows", "columns", "group_size", "bits")
-    ]
+    ] + [("factor", c_float)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class PackedMatrix:
     """float32 [padded rows]."""
     rows: int
     """Without padding."""
+    factor: float = 1.0
+    """Of all results, before the bias: a power of two."""
 
     @property
     def columns(self) -> int:
@@ -65,7 +68,8 @@ class PackedMatrix:
         """What the kernels take; valid as long as the tensors are."""
         bias = None if self.bias is None else self.bias.data_ptr()
         padded, group_size = PANEL * len(self.codes), self.columns // self.scales.shape[1]
-        return MatrixFields(self.codes.data_ptr(), self.scales.data_ptr(), bias, padded, self.columns, group_size, self.bits)
+        shape = padded, self.columns, group_size, self.bits
+        return MatrixFields(self.codes.data_ptr(), self.scales.data_ptr(), bias, *shape, self.factor)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -89,6 +93,16 @@ def pack_scales(scales: Tensor) -> Tensor:
     """Scales [groups, rows] as float16 [panels, groups, 16]."""
     padded = F.pad(scales.to(torch.float16), (0, -scales.shape[1] % PANEL))
     return padded.view(len(scales), -1, PANEL).transpose(0, 1).contiguous()
+
+
+def factor_of(scales: Tensor) -> float:
+    """The power of two that scales have to be divided by for halves to hold the smallest in full precision; 1 wherever it can be."""
+    if scales.dtype == torch.float16 or not bool(scales.any()):
+        return 1.0
+    wide = scales.abs().double()
+    up = math.floor(math.log2(torch.finfo(torch.float16).smallest_normal)) - math.floor(math.log2(wide[wide > 0].min()))
+    room = 15 - math.ceil(math.log2(wide.max()))  # A half reaches to nearly 2 ** 16.
+    return 2.0 ** -max(0, min(up, room))
 
 
 def padded_bias(bias: Tensor | None) -> Tensor | None:
@@ -124,15 +138,17 @@ def packed_matrix(codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: i
     if columns % BLOCK:
         return None
     packed = pack_half_bytes(codes) if bits == 4 else pack_codes(codes)
-    return PackedMatrix(packed, pack_scales(scales), padded_bias(bias), rows)
+    factor = factor_of(scales)
+    return PackedMatrix(packed, pack_scales(scales / factor), padded_bias(bias), rows, factor)
 
 
 def round_rows(weight: Tensor) -> PackedMatrix | None:
     """A float weight [rows, columns] in 8 bits with one scale per row: the head at run time."""
     wide = weight.float()
-    scales = (wide.abs().amax(1) / 126.9).to(torch.float16)  # A half may round down by a 2048th: nothing is cut off for it.
-    divisors = torch.where(scales == 0, 1, scales.float())[:, None]
-    codes = (wide / divisors).round().clamp(-127, 127) + 128
+    scales = wide.abs().amax(1) / 126.9  # A half may round down by a 2048th: nothing is cut off for it.
+    factor = factor_of(scales)
+    scales = (scales / factor).to(torch.float16).float() * factor
+    codes = (wide / torch.where(scales == 0, 1, scales)[:, None]).round().clamp(-127, 127) + 128
     return packed_matrix(codes.to(torch.uint8), scales[None], None, bits=8)
 
 

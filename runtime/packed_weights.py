@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -25,8 +26,8 @@ from vlquant.recipe import Recipe
 from vlquant.runtime.native import PackedMatrix, pack_linear, round_rows
 from vlquant.shards import write_safetensors
 
-FORMAT = "1"
-"""Changes with the order of the codes."""
+FORMAT = "2"
+"""Changes with the order of the codes and with what is kept beside them."""
 FILE = "runtime/cpu.safetensors"
 HEAD_NAME = "head"
 CACHE_LINE = 64
@@ -99,7 +100,8 @@ def places(bundle: Path, source: str) -> tuple[Path, Path]:
 
 def parts(matrix: PackedMatrix) -> dict[str, Tensor]:
     """The tensors of a matrix by kind."""
-    found = {"codes": matrix.codes, "scales": matrix.scales, "bias": matrix.bias}
+    factor = None if matrix.factor == 1 else torch.tensor(matrix.factor)
+    found = {"codes": matrix.codes, "scales": matrix.scales, "bias": matrix.bias, "factor": factor}
     return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
@@ -136,7 +138,8 @@ def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatri
     names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
     return {
         name: PackedMatrix(
-            tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors.get(f"{name}.bias"), rows[name.lstrip("0123456789.")]
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors.get(f"{name}.bias"), rows[name.lstrip("0123456789.")],
+            float(tensors.get(f"{name}.factor", 1)),
         )
         for name in names
-    }
+    }  # fmt: skip

@@ -22,6 +22,7 @@ from vlquant.runtime.native import (
     CHOICES,
     Kernels,
     NativeLinear,
+    factor_of,
     native_kernels,
     pack_codes,
     pack_half_bytes,
@@ -167,6 +168,29 @@ def test_a_head_in_8_bits_is_within_half_a_code():
     scales = matrix.scales.float().reshape(-1)[:100, None]
     assert ((codes * scales - weight).abs() <= 0.51 * scales).all()
     assert not round_rows(torch.zeros(16, 32)).scales.any()
+
+
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5, 1e-8])
+def test_rows_of_any_size(kernels, size):
+    # Halves have all their digits down to 6e-5 only, where scales of such rows are not.
+    weight = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)) * size
+    weight[3] *= 100
+    weight[5] = 0
+    x = torch.eye(128)
+    head = NativeLinear(kernels, round_rows(weight))(x).T
+    assert ((head - weight).abs() <= 0.51 / 126 * weight.abs().amax(1, keepdim=True)).all()
+    tensors = quantize_int8(weight)
+    stored = tensors["weight"].float() * tensors["SCB"].float()[:, None] / 127
+    found = NativeLinear(kernels, pack_linear(tensors))(x).T
+    assert ((found - stored).abs() <= 1e-3 * stored.abs().amax(1, keepdim=True)).all()
+    with_bias = NativeLinear(kernels, pack_linear({**tensors, "bias": torch.ones(20)}))(x).T
+    assert torch.allclose(with_bias, found + 1)
+
+
+def test_scales_are_moved_only_where_halves_do_not_reach():
+    for scales, factor in (([1, 6.2e-5], 1), ([1, 0], 1), ([0, 0], 1), ([1, 6e-5], 0.5), ([2e-8, 3], 2**-12), ([1e-12, 3], 2**-13), ([7e4, 1], 1)):
+        assert factor_of(torch.tensor([scales])) == factor, scales
+    assert factor_of(torch.tensor([[6e-8]]).half()) == 1  # a half already
 
 
 CONFIGS = {
@@ -363,7 +387,7 @@ def test_the_layout_has_the_number_of_what_the_kernels_take():
     code = re.sub(r"/\*.*?\*/|enum { LAYOUT.*?;", " ", (folder / "model.h").read_text() + "".join(calls), flags=re.DOTALL)
     digest = hashlib.sha256(" ".join(code.split()).encode()).hexdigest()[:16]
     assert FOUND.library.vlquant_layout() == LAYOUT
-    assert (LAYOUT, digest) == (1, "eb0f91a93b22b4ac")
+    assert (LAYOUT, digest) == (2, "a2078e71441a74f6")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")

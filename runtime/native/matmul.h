@@ -115,6 +115,7 @@ INLINE void store_tile(const Matrix *matrix, const Inputs *inputs, float *output
     tile(matrix, inputs, part, row, rows, wide, totals);
     UNROLLED for (int r = 0; r < rows; r++) {
         float *place = outputs + (row + r) * matrix->rows + part * LANES;
+        totals[r] *= matrix->factor;
         if (matrix->bias) totals[r] += read_floats(matrix->bias + part * LANES);
         if (added) totals[r] += read_floats(place);
         write_floats(place, totals[r]);

@@ -1,6 +1,6 @@
 /* What Python hands over: the fields and their order are those of runtime/native.py and runtime/native_decoder.py. */
 
-enum { LAYOUT = 1 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
+enum { LAYOUT = 2 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
 enum {
     PANEL = 16,  /* rows of a matrix that lie side by side */
     BLOCK = 32,  /* columns of it that lie together */
@@ -15,6 +15,7 @@ typedef struct {
     int64_t columns;        /* a multiple of 32 */
     int64_t group_size;     /* columns that share a scale: a multiple of 32 that divides columns */
     int64_t bits;           /* 4 or 8 */
+    float factor;           /* of all results, before the bias: a power of two, where halves alone do not reach down to the scales */
 } Matrix;
 
 typedef struct {
