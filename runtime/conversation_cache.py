@@ -45,20 +45,27 @@ class ConversationCache:
         It goes on from the last one as far as the two are the same. Whoever runs the decoder adds the embeddings to `rows`.
         """
         last, self._last = self._last, None  # Nobody else may get it while it is in use.
-        same_decoder, self._decoder = self._decoder is decoder, decoder
-        cache, opened = decoder.new_cache(batch=1, capacity=capacity, bits=bits), None
-        if same_decoder and last is not None and last.cache.bits == bits and not rope_depends_on_length(decoder.config, capacity):
-            # Keys of such a rope are turned by how long the conversation was when they came.
-            opened = _continued(last, embeddings, cache)
-        opened = opened or OpenCache(cache, 0)
+        opened = None
+        if last is not None and self._decoder is decoder and _reusable(last.cache, decoder, capacity, bits):
+            opened = _continued(last, embeddings, capacity)
+        del last  # What is not gone on with is not to lie beside what follows.
+        self._decoder = decoder
+        opened = opened or OpenCache(decoder.new_cache(batch=1, capacity=capacity, bits=bits), 0)
         try:
             yield opened
         finally:
             self._last = opened
 
 
-def _continued(last: OpenCache, embeddings: Tensor, cache: Cache) -> OpenCache | None:
-    """A new cache with what the last one has in common with a conversation; None if that is nothing."""
+def _reusable(cache: Cache, decoder: Decoder | NativeDecoder, capacity: int, bits: int) -> bool:
+    """Whether keys in a cache are what they would be in another conversation that begins in the same way."""
+    # Some ropes turn keys by how long the conversation was when they came.
+    lengths = cache.length, capacity
+    return cache.bits == bits and not any(rope_depends_on_length(decoder.config, length) for length in lengths)
+
+
+def _continued(last: OpenCache, embeddings: Tensor, capacity: int) -> OpenCache | None:
+    """The last cache with what it has in common with a conversation; None if that is nothing."""
     known = torch.cat(last.rows)[: last.cache.length] if last.rows else embeddings[:0]
     # The last position is read again in any case: its logits are wanted.
     common = min(len(known), len(embeddings) - 1)
@@ -66,5 +73,5 @@ def _continued(last: OpenCache, embeddings: Tensor, cache: Cache) -> OpenCache |
     reused = common if bool(same.all()) else int(same.long().argmin())
     if not reused:
         return None
-    cache.copy_from(last.cache, reused)
-    return OpenCache(cache, reused, [known[:reused]])
+    last.cache.keep(reused, capacity)
+    return OpenCache(last.cache, reused, [known[:reused].clone()])

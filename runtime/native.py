@@ -6,11 +6,11 @@ Built when vlquant is installed, if there is a C compiler; for x86-64 processors
 """
 
 import ctypes
-import importlib.util
+import math
 import os
 import threading
 from collections.abc import Mapping
-from ctypes import Structure, c_int, c_int64, c_void_p
+from ctypes import Structure, c_float, c_int, c_int64, c_void_p
 from dataclasses import dataclass
 from functools import cache
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from vlquant.errors import InvalidRequest
 from vlquant.packing import symmetric_zero, unpack_gptq
+from vlquant.runtime.kernel_library import library_path, open_library
 
 PANEL = 16
 """Rows of a matrix whose codes lie side by side."""
@@ -35,7 +36,7 @@ class MatrixFields(Structure):
 
     _fields_ = [(name, c_void_p) for name in ("codes", "scales", "bias")] + [
         (name, c_int64) for name in ("rows", "columns", "group_size", "bits")
-    ]
+    ] + [("factor", c_float)]
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class PackedMatrix:
     """float32 [padded rows]."""
     rows: int
     """Without padding."""
+    factor: float = 1.0
+    """Of all results, before the bias: a power of two."""
 
     @property
     def columns(self) -> int:
@@ -65,7 +68,8 @@ class PackedMatrix:
         """What the kernels take; valid as long as the tensors are."""
         bias = None if self.bias is None else self.bias.data_ptr()
         padded, group_size = PANEL * len(self.codes), self.columns // self.scales.shape[1]
-        return MatrixFields(self.codes.data_ptr(), self.scales.data_ptr(), bias, padded, self.columns, group_size, self.bits)
+        shape = padded, self.columns, group_size, self.bits
+        return MatrixFields(self.codes.data_ptr(), self.scales.data_ptr(), bias, *shape, self.factor)
 
 
 def pack_codes(codes: Tensor) -> Tensor:
@@ -89,6 +93,16 @@ def pack_scales(scales: Tensor) -> Tensor:
     """Scales [groups, rows] as float16 [panels, groups, 16]."""
     padded = F.pad(scales.to(torch.float16), (0, -scales.shape[1] % PANEL))
     return padded.view(len(scales), -1, PANEL).transpose(0, 1).contiguous()
+
+
+def factor_of(scales: Tensor) -> float:
+    """The power of two that scales have to be divided by for halves to hold the smallest in full precision; 1 wherever it can be."""
+    if scales.dtype == torch.float16 or not bool(scales.any()):
+        return 1.0
+    wide = scales.abs().double()
+    up = math.floor(math.log2(torch.finfo(torch.float16).smallest_normal)) - math.floor(math.log2(wide[wide > 0].min()))
+    room = 15 - math.ceil(math.log2(wide.max()))  # A half reaches to nearly 2 ** 16.
+    return 2.0 ** -max(0, min(up, room))
 
 
 def padded_bias(bias: Tensor | None) -> Tensor | None:
@@ -124,15 +138,17 @@ def packed_matrix(codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: i
     if columns % BLOCK:
         return None
     packed = pack_half_bytes(codes) if bits == 4 else pack_codes(codes)
-    return PackedMatrix(packed, pack_scales(scales), padded_bias(bias), rows)
+    factor = factor_of(scales)
+    return PackedMatrix(packed, pack_scales(scales / factor), padded_bias(bias), rows, factor)
 
 
 def round_rows(weight: Tensor) -> PackedMatrix | None:
     """A float weight [rows, columns] in 8 bits with one scale per row: the head at run time."""
     wide = weight.float()
-    scales = (wide.abs().amax(1) / 126.9).to(torch.float16)  # A half may round down by a 2048th: nothing is cut off for it.
-    divisors = torch.where(scales == 0, 1, scales.float())[:, None]
-    codes = (wide / divisors).round().clamp(-127, 127) + 128
+    scales = wide.abs().amax(1) / 126.9  # A half may round down by a 2048th: nothing is cut off for it.
+    factor = factor_of(scales)
+    scales = (scales / factor).to(torch.float16).float() * factor
+    codes = (wide / torch.where(scales == 0, 1, scales)[:, None]).round().clamp(-127, 127) + 128
     return packed_matrix(codes.to(torch.uint8), scales[None], None, bits=8)
 
 
@@ -147,11 +163,25 @@ class NativeLinear:
         return self.kernels.product(x.flatten(0, -2), self.matrix).unflatten(0, x.shape[:-1])
 
 
+TURN = threading.Lock()
+"""Held while the library works: it has one team of threads, and ctypes lets other Python threads run."""
+
+
+def renew_turn() -> None:
+    """Whoever held it before a fork is not in the child."""
+    global TURN
+    TURN = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=renew_turn)
+
+
 class Kernels:
-    """The compiled library with its team of threads."""
+    """The compiled library and what it is handed. Raises as `open_library`."""
 
     def __init__(self, path: str, instructions: int | None = None):
-        self.library = library = ctypes.CDLL(path)
+        self.library = library = open_library(path)
         found = library.vlquant_instructions()
         self.instructions = found if instructions is None else min(found, instructions)
         for name in ("vlquant_stack_scratch", "vlquant_product_scratch"):
@@ -161,7 +191,6 @@ class Kernels:
         library.vlquant_run_stack.argtypes = [c_int] + [c_void_p] * 4
         library.vlquant_run_product.argtypes = [c_int, c_void_p, c_void_p, c_int64, c_void_p, c_void_p]
         self._scratch = torch.empty(0)
-        self._turn = threading.Lock()  # There is one team and one scratch, and ctypes lets other Python threads run.
 
     def gather(self) -> None:
         """Have as many threads as torch uses; raises OSError if the system gives none."""
@@ -178,7 +207,7 @@ class Kernels:
     def run_stack(self, stack: Structure, cache: Structure, step: Structure) -> None:
         """Let all layers transform the hidden states of a step, in place, and fill the cache."""
         stack, cache = ctypes.byref(stack), ctypes.byref(cache)
-        with self._turn:
+        with TURN:
             self.gather()
             scratch = self.scratch(self.library.vlquant_stack_scratch(stack, cache, step.length))
             self.library.vlquant_run_stack(self.instructions, stack, cache, ctypes.byref(step), scratch)
@@ -187,24 +216,30 @@ class Kernels:
         """values float32 [rows, columns] @ matrix.T + bias: float32 [rows, matrix rows]."""
         values, fields = values.float().contiguous(), matrix.fields()
         outputs, own = torch.empty(len(values), fields.rows), ctypes.byref(fields)
-        with self._turn:
+        with TURN:
             self.gather()
             scratch = self.scratch(self.library.vlquant_product_scratch(own, len(values)))
             self.library.vlquant_run_product(self.instructions, own, values.data_ptr(), len(values), outputs.data_ptr(), scratch)
         return outputs[:, : matrix.rows]
 
 
-@cache
 def native_kernels() -> Kernels | None:
     """The kernels of this installation and processor; None where there are none, or VLQUANT_KERNELS asks for torch.
 
-    Raises InvalidRequest if VLQUANT_KERNELS is neither torch, avx2 nor vnni, or asks for what the processor lacks.
+    Raises InvalidRequest if VLQUANT_KERNELS is neither torch, avx2 nor vnni, or asks for what the processor lacks, and as
+    `open_library`.
     """
-    wanted = os.environ.get("VLQUANT_KERNELS", "")
+    with TURN:  # Two threads that ask first would both load them, each with a scratch of its own.
+        return kernels_for(os.environ.get("VLQUANT_KERNELS", ""))
+
+
+@cache
+def kernels_for(wanted: str) -> Kernels | None:
+    """What `native_kernels` returns for a value of VLQUANT_KERNELS."""
     if wanted not in ("", "torch", *CHOICES):
         raise InvalidRequest(f"the environment variable VLQUANT_KERNELS is {wanted!r}; set it to torch, avx2 or vnni, or unset it")
-    found = importlib.util.find_spec("vlquant.runtime._kernels")
-    kernels = Kernels(found.origin, CHOICES.get(wanted)) if found and wanted != "torch" else None
+    path = library_path() if wanted != "torch" else None
+    kernels = Kernels(path, CHOICES.get(wanted)) if path else None
     if wanted in CHOICES and (kernels is None or kernels.instructions != CHOICES[wanted]):
         raise InvalidRequest(f"VLQUANT_KERNELS asks for {wanted}, which this processor or installation lacks; unset it")
     return kernels if kernels and kernels.instructions else None

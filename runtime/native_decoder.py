@@ -57,22 +57,37 @@ class NativeCache:
     """
 
     def __init__(self, config: DecoderConfig, *, batch: int, capacity: int, bits: int = 32):
-        self.batch, self.capacity, self.length, self.bits = batch, -(-capacity // PANEL) * PANEL, 0, bits
+        self.batch, self.capacity, self.length, self.bits = batch, whole_panels(capacity), 0, bits
         shape, dtype = (config.layers, batch, config.key_value_heads, self.capacity), torch.float32 if bits == 32 else torch.int8
         self.keys, self.values = (torch.empty(*shape, config.head_dim, dtype=dtype) for _ in range(2))
         self.scales = tuple(torch.empty(shape) for _ in range(2)) if bits == 8 else ()
 
-    def copy_from(self, other: "NativeCache", length: int) -> None:
-        """Begin with the first `length` positions of another cache of as many bits."""
-        stop = -(-length // PANEL) * PANEL  # Keys lie in blocks of positions.
-        for own, given in zip((self.keys, self.values, *self.scales), (other.keys, other.values, *other.scales), strict=True):
-            own[:, :, :, :stop] = given[:, :, :, :stop]
+    def keep(self, length: int, capacity: int) -> None:
+        """Forget all but the first `length` positions and have room for `capacity`; keys, then values may lie there twice."""
         self.length = length
+        if capacity <= self.capacity <= 2 * whole_panels(capacity):
+            return  # Much too large would cost memory for as long as the process lasts.
+        self.capacity = whole_panels(capacity)
+        self.keys = resized(self.keys, length, self.capacity)
+        self.values = resized(self.values, length, self.capacity)
+        self.scales = tuple(resized(each, length, self.capacity) for each in self.scales)
 
     def fields(self) -> CacheFields:
         """What the kernels take."""
         scales = [each.data_ptr() for each in self.scales] or [None, None]
         return CacheFields(self.keys.data_ptr(), self.values.data_ptr(), *scales, self.batch, self.capacity)
+
+
+def whole_panels(positions: int) -> int:
+    """So many positions and what fills the last panel: keys lie in blocks of them."""
+    return -(-positions // PANEL) * PANEL
+
+
+def resized(kept: Tensor, length: int, capacity: int) -> Tensor:
+    """A buffer [layers, batch, heads, capacity, ...] with the first positions of another."""
+    buffer, stop = kept.new_empty(*kept.shape[:3], capacity, *kept.shape[4:]), whole_panels(length)
+    buffer[:, :, :, :stop] = kept[:, :, :, :stop]
+    return buffer
 
 
 @dataclass(frozen=True)
@@ -126,6 +141,8 @@ class NativeDecoder:
         batch, length, _ = embeddings.shape
         cache = self.new_cache(batch=batch, capacity=length) if cache is None else cache
         total = cache.length + length
+        if batch != cache.batch or total > cache.capacity:
+            raise ValueError(f"{batch} rows of {total} positions do not go into a cache for {cache.batch} of {cache.capacity}")
         mask = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rotary = [each[:, 0] for each in rotary_tables(positions_of(mask, length), self.config)]  # [batch, length, head_dim]
         starts = mask.long().argmax(-1)

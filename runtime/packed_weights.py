@@ -8,10 +8,10 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -20,14 +20,15 @@ from vlquant.decoder import LINEARS
 from vlquant.kept_answers import cache_folder
 from vlquant.layout import HEAD, layer_prefix, layer_shapes
 from vlquant.model import Model
-from vlquant.publishing import flush_entry
+from vlquant.publishing import replacing
 from vlquant.recipe import Recipe
 from vlquant.runtime.native import PackedMatrix, pack_linear, round_rows
-from vlquant.shards import write_safetensors
+from vlquant.shards import stored_hash, tensors_hash, write_safetensors
 
-FORMAT = "1"
-"""Changes with the order of the codes."""
-FILE = "runtime/cpu.safetensors"
+FORMAT = "2"
+"""Changes with the order of the codes and with what is kept beside them."""
+DERIVED = "runtime"
+FILE = f"{DERIVED}/cpu.safetensors"
 HEAD_NAME = "head"
 CACHE_LINE = 64
 
@@ -36,13 +37,13 @@ def packed_matrices(model: Model) -> dict[str, PackedMatrix] | None:
     """Every linear ("0.self_attn.q_proj" ...) and, in 8 bits, the "head"; None if the kernels cannot compute one of them."""
     source = source_of(model)
     if source is not None:
-        for path in places(model.folder, source):
+        for path in places(model.folder):
             if (tensors := read_packed(path, source)) is not None:
                 return joined(tensors, model)
     matrices = pack_model(model)
     if matrices is not None and source is not None:
         tensors = {f"{name}.{kind}": each for name, matrix in matrices.items() for kind, each in parts(matrix).items()}
-        for path in places(model.folder, source):
+        for path in places(model.folder):
             with contextlib.suppress(OSError):  # Read-only or full: the next place, or every process packs for itself.
                 keep_packed(path, tensors, source)
                 return joined(read_packed(path, source) or tensors, model)
@@ -92,14 +93,16 @@ def source_of(model: Model) -> str | None:
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
-def places(bundle: Path, source: str) -> tuple[Path, Path]:
+def places(bundle: Path) -> tuple[Path, Path]:
     """Where the file may lie: in the bundle, or in the user's cache if that cannot be written to."""
-    return bundle / FILE, cache_folder() / f"{source[:32]}.safetensors"
+    place = hashlib.sha256(os.fsencode(bundle.resolve())).hexdigest()[:32]  # That of another bundle here before it is replaced.
+    return bundle / FILE, cache_folder() / "packed" / f"{place}.safetensors"
 
 
 def parts(matrix: PackedMatrix) -> dict[str, Tensor]:
     """The tensors of a matrix by kind."""
-    found = {"codes": matrix.codes, "scales": matrix.scales, "bias": matrix.bias}
+    factor = None if matrix.factor == 1 else torch.tensor(matrix.factor)
+    found = {"codes": matrix.codes, "scales": matrix.scales, "bias": matrix.bias, "factor": factor}
     return {kind: tensor for kind, tensor in found.items() if tensor is not None}
 
 
@@ -117,14 +120,19 @@ def read_packed(path: Path, source: str) -> dict[str, Tensor] | None:
 def keep_packed(path: Path, tensors: dict[str, Tensor], source: str) -> None:
     """Write the file, complete or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(prefix=".", suffix=".partial", dir=path.parent)
-    os.close(handle)
+    with replacing(path) as partial:
+        metadata = {"source": source, "sha256": tensors_hash(tensors)}
+        write_safetensors(partial, tensors, metadata=metadata, alignment=CACHE_LINE)
+
+
+def changed_packed(bundle: Path) -> list[str]:
+    """The name of the bundle's own such file if its tensors are not those that were written. Reads everything."""
     try:
-        write_safetensors(Path(partial), tensors, metadata={"source": source}, alignment=CACHE_LINE)
-        flush_entry(Path(partial))
-        os.replace(partial, path)
-    finally:
-        Path(partial).unlink(missing_ok=True)
+        with safe_open(bundle / FILE, framework="np") as file:
+            written = (file.metadata() or {}).get("sha256")
+    except (OSError, SafetensorError):
+        return [FILE] if (bundle / FILE).exists() else []
+    return [] if stored_hash(bundle / FILE) == written else [FILE]
 
 
 def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatrix]:
@@ -136,7 +144,8 @@ def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatri
     names = [name.removesuffix(".codes") for name in tensors if name.endswith(".codes")]
     return {
         name: PackedMatrix(
-            tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors.get(f"{name}.bias"), rows[name.lstrip("0123456789.")]
+            tensors[f"{name}.codes"], tensors[f"{name}.scales"], tensors.get(f"{name}.bias"), rows[name.lstrip("0123456789.")],
+            float(tensors.get(f"{name}.factor", 1)),
         )
         for name in names
-    }
+    }  # fmt: skip

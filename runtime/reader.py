@@ -85,6 +85,7 @@ class Reader:
         self.position_limit = position_limit(model.config.decoder)
         """Longest conversation in tokens. The original knows no limit and answers badly beyond it."""
         self.tile_features = features
+        self._embedding_rows = model.embedding_rows  # Opens its file now: another may lie there when the first question comes.
         self.stop_token = model.config.chat.conversation.stop_token
         self.stop_id = tokenizer.token_id(self.stop_token)
         self.image_id = tokenizer.token_id(model.config.chat.image_token)
@@ -119,7 +120,7 @@ class Reader:
     def embed(self, encoded: EncodedRequest, visual: Features) -> Tensor:
         """What the decoder is shown of one request, float32 [length, hidden_size], read from the checkpoint's embedding."""
         ids = torch.tensor(encoded.ids)
-        embeddings = self.model.embedding_rows(ids).float()
+        embeddings = self._embedding_rows(ids).float()
         self.place(visual, ids, embeddings)
         return embeddings
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from vlquant.runtime.native import native_kernels
 
 from tests.golden_folder import golden_folder
 
@@ -143,6 +142,3 @@ def copied(small_case, tmp_path) -> Path:
 def torch_kernels(monkeypatch):
     """Linears in float32, expanded: what compiled kernels are measured by."""
     monkeypatch.setenv("VLQUANT_KERNELS", "torch")
-    native_kernels.cache_clear()
-    yield
-    native_kernels.cache_clear()

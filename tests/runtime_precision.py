@@ -18,7 +18,6 @@ from vlquant.export.vision import export_vision
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.runtime import Generation, load
-from vlquant.runtime.native import native_kernels
 
 WAYS = {
     "avx2, head as stored": ("avx2", 16, 32),
@@ -31,7 +30,6 @@ WAYS = {
 
 def opened(bundle: Path, kernels: str):
     os.environ["VLQUANT_KERNELS"] = kernels
-    native_kernels.cache_clear()
     return load(bundle)
 
 

@@ -1,6 +1,7 @@
 """The safetensors reader: equal to the reference reader, and one sentence for every way a download goes wrong."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -91,6 +92,41 @@ def test_a_file_that_shrinks_after_opening(folder):
     path.write_bytes(path.read_bytes()[:-4])
     with pytest.raises(BrokenCheckpoint, match="truncated"):
         checkpoint.read("a.weight")
+
+
+@pytest.mark.parametrize("whole_reads", [True, False])
+def test_rows_are_those_of_the_file_that_was_opened(folder, monkeypatch, whole_reads):
+    if not whole_reads:
+        monkeypatch.delattr("os.pread")
+    rows, path = open_checkpoint(folder).open_rows("a.weight"), folder / "model-0.safetensors"
+    save_file({"0": torch.full((9, 4), 7.0), "a.weight": torch.full((3, 4), 7.0)}, folder / "new")
+    (folder / "new").rename(path)
+    assert rows(torch.tensor([2, 0, 2])).tolist() == [[8, 9, 10, 11], [0, 1, 2, 3], [8, 9, 10, 11]]
+    assert rows(torch.tensor([], dtype=torch.int64)).shape == (0, 4)
+
+
+@pytest.mark.parametrize("wrong", [[3], [-1], [0, 3], [2**40]])
+def test_rows_that_are_not_there(folder, wrong):
+    with pytest.raises(IndexError, match="of a tensor that has 3"):
+        open_checkpoint(folder).open_rows("a.weight")(torch.tensor(wrong))
+
+
+def test_rows_of_a_file_that_shrinks_after_opening(folder):
+    rows, path = open_checkpoint(folder).open_rows("a.weight"), folder / "model-0.safetensors"
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 4)
+    assert rows(torch.tensor([1])).tolist() == [[4, 5, 6, 7]]
+    with pytest.raises(BrokenCheckpoint, match="truncated"):
+        rows(torch.tensor([2]))
+
+
+def test_rows_close_their_file(folder):
+    rows = open_checkpoint(folder).open_rows("a.weight")
+    file = rows._file
+    os.fstat(file)
+    del rows
+    with pytest.raises(OSError):
+        os.fstat(file)
 
 
 def test_bytes_too_many(folder):

@@ -1,11 +1,12 @@
 """Sampling, decoding with a cache, and text from growing ids."""
 
+import weakref
 from dataclasses import replace
 
 import pytest
 import torch
 
-from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, Rope, float_layer
+from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, LongRope, Rope, float_layer
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.answer import AnswerText, PieceStream
 from vlquant.runtime.conversation_cache import ConversationCache
@@ -306,3 +307,39 @@ def test_keys_that_turn_with_the_length_are_not_reused(decoder):
     memory, ids = ConversationCache(), torch.tensor([5, 9, 13, 21])
     said_with(stretched, memory, stretched.embed(ids))
     assert said_with(stretched, memory, stretched.embed(ids))[1] == 0
+
+
+@pytest.mark.parametrize("rope", [Rope(10_000.0, dynamic_factor=2.0), Rope(10_000.0, long=LongRope((1.0,) * 4, (8.0,) * 4, 8))])
+def test_keys_of_a_long_conversation_are_not_those_of_a_short_one(decoder, rope):
+    config = replace(CONFIG, rope=rope, max_positions=8 if rope.dynamic_factor else 128)
+    stretched = Decoder(config, embedding=decoder.embedding, layers=decoder.layers, norm=decoder.norm, head=decoder.head)
+    memory, ids = ConversationCache(), torch.tensor([5, 9, 13, 21, 40, 3, 11, 8, 30])
+    said_with(stretched, memory, stretched.embed(ids), count=1)
+    said, reused = said_with(stretched, memory, stretched.embed(ids[:4]), count=2)
+    assert reused == 0 and said == greedy_without_cache(stretched, ids[:4].tolist(), 2)
+
+
+@pytest.mark.parametrize("second", [[5, 9, 13, 21, 40], [5, 9, 13, 21] * 10, [40, 3]])
+def test_a_turn_has_one_cache(decoder, monkeypatch, second):
+    made, new_cache = [], decoder.new_cache
+    monkeypatch.setattr(decoder, "new_cache", lambda **asked: (made.append(weakref.ref(cache := new_cache(**asked))), cache)[1])
+    memory = ConversationCache()
+    said_with(decoder, memory, decoder.embed(torch.tensor([5, 9, 13, 21])))
+    decoding = Decoding(
+        decoder, decoder.embed(torch.tensor([second])), torch.ones(1, len(second), dtype=torch.bool), memory=memory,
+        generation=Generation(max_new_tokens=6), ending=Ending(-1, PAD),
+    )  # fmt: skip
+    for _ in decoding:
+        assert sum(each() is not None for each in made) == 1
+    assert decoding.rows[0] == greedy_without_cache(decoder, second, 6)
+
+
+@pytest.mark.parametrize("before, after, moved", [(8, 20, True), (8, 8, False), (12, 8, False), (20, 8, True)])
+def test_a_kept_cache_goes_on(decoder, before, after, moved):
+    x, cache = decoder.embed(torch.tensor([[5, 9, 13, 21, 40, 3, 11]])), decoder.new_cache(batch=1, capacity=before)
+    wanted = decoder(x, cache=cache, all_positions=True)
+    place = cache.layers[0].keys.data_ptr()
+    cache.keep(4, after)
+    assert cache.length == 4 and (cache.layers[1].keys.shape[2] == after) == (moved or before == after)
+    assert (cache.layers[0].keys.data_ptr() != place) == moved
+    torch.testing.assert_close(decoder(x[:, 4:], cache=cache, all_positions=True), wanted[:, 4:])

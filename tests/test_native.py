@@ -1,20 +1,28 @@
 """The compiled kernels: their order of codes, products against torch, and whole steps against the decoder in torch."""
 
+import hashlib
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 
+from vlquant import library_probes
 from vlquant.bnb import quantize_int8
 from vlquant.decoder import LINEARS, Decoder, DecoderConfig, DecoderLayer, KeyValueCache, Rope, norm_names
+from vlquant.errors import VlquantError
 from vlquant.packing import dequantize_gptq, pack_gptq
+from vlquant.runtime import native
+from vlquant.runtime.kernel_library import LAYOUT
 from vlquant.runtime.native import (
     CHOICES,
     Kernels,
     NativeLinear,
+    factor_of,
     native_kernels,
     pack_codes,
     pack_half_bytes,
@@ -162,6 +170,29 @@ def test_a_head_in_8_bits_is_within_half_a_code():
     assert not round_rows(torch.zeros(16, 32)).scales.any()
 
 
+@pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5, 1e-8])
+def test_rows_of_any_size(kernels, size):
+    # Halves have all their digits down to 6e-5 only, where scales of such rows are not.
+    weight = torch.randn(20, 128, generator=torch.Generator().manual_seed(0)) * size
+    weight[3] *= 100
+    weight[5] = 0
+    x = torch.eye(128)
+    head = NativeLinear(kernels, round_rows(weight))(x).T
+    assert ((head - weight).abs() <= 0.51 / 126 * weight.abs().amax(1, keepdim=True)).all()
+    tensors = quantize_int8(weight)
+    stored = tensors["weight"].float() * tensors["SCB"].float()[:, None] / 127
+    found = NativeLinear(kernels, pack_linear(tensors))(x).T
+    assert ((found - stored).abs() <= 1e-3 * stored.abs().amax(1, keepdim=True)).all()
+    with_bias = NativeLinear(kernels, pack_linear({**tensors, "bias": torch.ones(20)}))(x).T
+    assert torch.allclose(with_bias, found + 1)
+
+
+def test_scales_are_moved_only_where_halves_do_not_reach():
+    for scales, factor in (([1, 6.2e-5], 1), ([1, 0], 1), ([0, 0], 1), ([1, 6e-5], 0.5), ([2e-8, 3], 2**-12), ([1e-12, 3], 2**-13), ([7e4, 1], 1)):
+        assert factor_of(torch.tensor([scales])) == factor, scales
+    assert factor_of(torch.tensor([[6e-8]]).half()) == 1  # a half already
+
+
 CONFIGS = {
     "biases": DecoderConfig(64, 2, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096, query_key_value_bias=True),
     "norms of heads": DecoderConfig(128, 3, 4, 4, 32, 256, 100, 1e-6, Rope(1e4), 4096, query_key_norm=True),
@@ -221,6 +252,20 @@ def test_steps_equal_the_decoder_in_torch(kernels, name, length, pads):
         assert apart < 2e-4, apart
 
 
+@pytest.mark.parametrize("largest", [30, 88, 110, 300, 3e4])
+def test_gates_of_any_size(kernels, largest):
+    # Far below zero silu is 0: an exponential that overflows would give the gate itself.
+    native, wanted = decoders(DecoderConfig(64, 1, 4, 2, 16, 128, 100, 1e-6, Rope(1e4), 4096), kernels)
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(1))
+    gate, gates = wanted.layers[0].linears["mlp.gate_proj"], []
+    wanted.layers[0].linears["mlp.gate_proj"] = lambda rows: gates.append(gate(rows)) or gates[-1].clone()
+    wanted(x)
+    gate.matrix.scales.mul_(largest / float(gates.pop().abs().max()))
+    found, right = native(x, all_positions=True), wanted(x, all_positions=True)
+    assert -1.01 * largest < gates[0].min() < -0.7 * largest and 0.7 * largest < gates[0].max()
+    assert (found - right).norm() < 2e-4 * right.norm()
+
+
 def test_the_last_position_alone_has_the_same_logits(kernels):
     native, _ = decoders(CONFIGS["biases"], kernels)
     x = torch.randn(2, 9, 64, generator=torch.Generator().manual_seed(0))
@@ -267,6 +312,102 @@ def test_a_child_after_fork_has_its_own_threads():
     assert run_python(code).stdout.strip() == "7"
 
 
+WAITING = (
+    "import os, threading, time, torch\n"
+    "from vlquant.runtime.native import *\n"
+    "m = packed_matrix(torch.ones(4096, 4096, dtype=torch.uint8), torch.ones(32, 4096).half(), None, bits=4)\n"
+    "linear, x = NativeLinear(native_kernels(), m), torch.ones(200, 4096)\n"
+)
+
+
+def test_a_child_of_a_process_whose_kernels_work_can_use_them():
+    code = WAITING + (
+        "running = True\n"
+        "def work():\n"
+        "    while running: linear(x)\n"
+        "thread = threading.Thread(target=work); thread.start(); time.sleep(0.5)\n"
+        "for _ in range(3):\n"
+        "    child = os.fork()\n"
+        "    if child == 0:\n"
+        "        linear(x[:1]); os._exit(7)\n"
+        "    deadline = time.monotonic() + 20\n"
+        "    while not (ended := os.waitpid(child, os.WNOHANG))[0] and time.monotonic() < deadline: time.sleep(0.05)\n"
+        "    print(os.waitstatus_to_exitcode(ended[1]) if ended[0] else os.kill(child, 9))\n"
+        "running = False; thread.join()\n"
+    )
+    assert run_python(code).stdout.split() == ["7"] * 3
+
+
+def test_threads_that_ask_first_get_the_same_kernels():
+    code = (
+        "import threading, time\n"
+        "from vlquant.runtime import native\n"
+        "load = native.Kernels\n"
+        "native.Kernels = lambda *given: (time.sleep(0.2), load(*given))[1]\n"
+        "found = []\n"
+        "threads = [threading.Thread(target=lambda: found.append(native.native_kernels())) for _ in range(4)]\n"
+        "[each.start() for each in threads], [each.join() for each in threads]\n"
+        "print(len(found), len({id(each) for each in found}))\n"
+    )
+    assert run_python(code).stdout.split() == ["4", "1"]
+
+
+def test_two_openings_of_the_library_take_turns():
+    # One library has one team, whatever holds it.
+    codes, scales = random_codes(512, 1024, 4, 8)
+    matrix = packed_matrix(codes, scales, None, bits=4)
+    linears = [NativeLinear(Kernels(FOUND.library._name), matrix) for _ in range(2)]
+    x, before = torch.randn(16, 1024, generator=torch.Generator().manual_seed(0)), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        wanted = linears[0](x)
+        with ThreadPoolExecutor(2) as pool:
+            assert all(torch.equal(found, wanted) for found in pool.map(lambda n: linears[n % 2](x), range(200)))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_library_of_other_sources_is_refused(tmp_path, monkeypatch):
+    source = tmp_path / "kernels.c"
+    for text in ("int vlquant_instructions(void) { return 2; }", f"int vlquant_layout(void) {{ return {LAYOUT + 1}; }}"):
+        source.write_text(text)
+        library = tmp_path / f"{len(text)}.so"
+        subprocess.run(["cc", "-shared", "-fPIC", source, "-o", library], check=True)
+        with pytest.raises(VlquantError, match=r"built from other sources .* run pip install -e \. again"):
+            Kernels(str(library))
+        monkeypatch.setattr("vlquant.runtime.kernel_library.library_path", lambda: str(library))
+        with pytest.raises(VlquantError, match="built from other sources"):  # What vlquant doctor shows as broken.
+            library_probes.cpu_kernels()
+
+
+def test_the_layout_has_the_number_of_what_the_kernels_take():
+    # When this fails, raise LAYOUT in model.h and kernel_library.py, and put the new digest here.
+    folder = Path(native.__file__).parent / "native"
+    calls = re.findall(r"^\w[\w *]*vlquant_\w+\([^)]*\)", (folder / "kernels.c").read_text(), re.MULTILINE)
+    code = re.sub(r"/\*.*?\*/|enum { LAYOUT.*?;", " ", (folder / "model.h").read_text() + "".join(calls), flags=re.DOTALL)
+    digest = hashlib.sha256(" ".join(code.split()).encode()).hexdigest()[:16]
+    assert FOUND.library.vlquant_layout() == LAYOUT
+    assert (LAYOUT, digest) == (2, "a2078e71441a74f6")
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
+def test_changes_of_size_leave_no_threads_behind():
+    code = (
+        "import os, torch\n"
+        "from vlquant.runtime.native import *\n"
+        "g = torch.Generator().manual_seed(0)\n"
+        "m = packed_matrix(torch.randint(0, 16, (256, 32), dtype=torch.uint8, generator=g), torch.ones(1, 256).half(), None, bits=4)\n"
+        "linear, x, counts = NativeLinear(native_kernels(), m), torch.randn(9, 32, generator=g), []\n"
+        "wanted = linear(x)\n"
+        "for n in range(3000):\n"
+        "    torch.set_num_threads(1 + 7 * n % 4)\n"
+        "    assert torch.equal(linear(x), wanted)\n"
+        "    if n in (3, 2999): counts.append(len(os.listdir('/proc/self/task')))\n"
+        "print(counts[1] - counts[0])\n"
+    )
+    assert run_python(code).stdout.strip() == "0"
+
+
 @pytest.mark.parametrize("wanted, printed", [("torch", "None"), ("avx2", "1"), ("", str(FOUND and FOUND.instructions))])
 def test_the_environment_chooses(wanted, printed):
     code = "from vlquant.runtime.native import native_kernels as k; print(k() and k().instructions)"
@@ -292,14 +433,36 @@ def test_a_cache_of_8_bits_is_close_and_not_the_same(kernels):
 
 
 @pytest.mark.parametrize("bits", [32, 8])
-def test_a_copied_cache_goes_on_to_the_bit(kernels, bits):
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -float("inf")])
+def test_positions_that_are_no_numbers_stay_visible(kernels, bits, number):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    x = torch.randn(1, 20, 64, generator=torch.Generator().manual_seed(0))
+    x[0, 12] = number
+    finite = native(x, cache=native.new_cache(batch=1, capacity=32, bits=bits), all_positions=True)[0].isfinite()
+    assert not finite[12:].any() and finite[:8].all()
+
+
+@pytest.mark.parametrize("room, batch", [(16, 1), (40_000, 2)])
+def test_what_does_not_fit_the_cache_is_refused(kernels, room, batch):
+    native, _ = decoders(CONFIGS["biases"], kernels)
+    cache = native.new_cache(batch=1, capacity=room)
+    native(torch.zeros(1, 10, 64), cache=cache)
+    with pytest.raises(ValueError, match="cache"):
+        native(torch.zeros(batch, 7, 64), cache=cache)
+    assert cache.length == 10
+
+
+@pytest.mark.parametrize("bits", [32, 8])
+@pytest.mark.parametrize("before, after, moved", [(40, 77, True), (40, 48, False), (77, 40, False), (99, 40, True)])
+def test_a_kept_cache_goes_on_to_the_bit(kernels, bits, before, after, moved):
     native, _ = decoders(CONFIGS["biases"], kernels)
     x = torch.randn(1, 40, 64, generator=torch.Generator().manual_seed(0))
-    whole = native.new_cache(batch=1, capacity=40, bits=bits)
-    wanted = native(x, cache=whole, all_positions=True)
-    again = native.new_cache(batch=1, capacity=77, bits=bits)
-    again.copy_from(whole, 21)
-    assert torch.equal(native(x[:, 21:], cache=again, all_positions=True), wanted[:, 21:])
+    cache = native.new_cache(batch=1, capacity=before, bits=bits)
+    wanted = native(x, cache=cache, all_positions=True)
+    place = cache.keys.data_ptr()
+    cache.keep(21, after)
+    assert cache.length == 21 and cache.capacity >= after and (cache.keys.data_ptr() != place) == moved
+    assert torch.equal(native(x[:, 21:], cache=cache, all_positions=True), wanted[:, 21:])
 
 
 def test_neighbours_and_pieces_change_no_bit(kernels):

@@ -78,6 +78,19 @@ def test_compiled_decoders_are_close_to_expanded_ones(bundle):
     assert (packed - wanted).norm() <= 1e-2 * wanted.norm()
 
 
+def test_a_bundle_that_takes_the_place_of_another_is_not_read_for_it(tmp_path):
+    source, output = SOURCES["qwen2"], tmp_path / "packed"
+    quantize(source, recipe=Recipe(method="rtn", bits=4, group_size=32), output=output)
+    pipe, again = (load(output, vision="torch") for _ in range(2))
+    assert isinstance(pipe.decoder, NativeDecoder)
+    answer = pipe.ask(QUESTION, generation=Generation(max_new_tokens=4))
+    (before,), read = pipe.answer_logits([QUESTION], [answer.ids]), pipe.embed(pipe.encode(QUESTION), None)
+    quantize(source, recipe=Recipe(method="rtn", bits=8, group_size=32), output=output, overwrite=True)
+    for each in (pipe, again):  # After the first question and before it.
+        assert torch.equal(each.answer_logits([QUESTION], [answer.ids])[0], before)
+        assert torch.equal(each.embed(each.encode(QUESTION), None), read)
+
+
 def test_both_vision_towers_give_one_answer(tmp_path):
     folder = quantize(SOURCES["internlm2"], recipe=RECIPES["gptq4"], output=tmp_path / "packed")
     export_vision(folder)

@@ -6,7 +6,9 @@ Knows files, names, shapes and bytes; knows nothing of InternVL.
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,6 +48,40 @@ class StoredTensor:
     nbytes: int
     dtype: torch.dtype
     shape: tuple[int, ...]
+
+
+Rows = Callable[[Tensor], Tensor]
+"""From row numbers int64 [count] to rows [count, ...]; raises IndexError for numbers that no row has."""
+
+
+class StoredRows:
+    """Reads rows of a tensor one by one from its file, which stays open as long as this is there."""
+
+    def __init__(self, stored: StoredTensor):
+        self._stored = stored
+        self._file = os.open(stored.path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+        weakref.finalize(self, os.close, self._file)
+        self._turn = threading.Lock()
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Rows [len(rows), ...] by number. Raises BrokenCheckpoint if their bytes are absent, IndexError if there is none such."""
+        stored = self._stored
+        wide = stored.nbytes // max(stored.shape[0], 1)
+        wanted, order = rows.unique(return_inverse=True)
+        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < stored.shape[0]:
+            raise IndexError(f"rows {int(wanted[0])} to {int(wanted[-1])} of a tensor that has {stored.shape[0]}")
+        found = [bytearray(self._read(stored.offset + row * wide, wide)) for row in wanted.tolist()]
+        if any(len(each) != wide for each in found):
+            raise _truncated(stored.path)
+        tensors = [torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for each in found]
+        return torch.stack(tensors)[order] if tensors else torch.empty(0, *stored.shape[1:], dtype=stored.dtype)
+
+    def _read(self, offset: int, size: int) -> bytes:
+        if hasattr(os, "pread"):
+            return os.pread(self._file, size, offset)
+        with self._turn:  # Windows has no read that leaves the file's position alone.
+            os.lseek(self._file, offset, os.SEEK_SET)
+            return os.read(self._file, size)
 
 
 class Checkpoint:
@@ -95,23 +131,12 @@ class Checkpoint:
                 filled += count
         return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
-    def read_rows(self, name: str, rows: Tensor) -> Tensor:
-        """Some rows [len(rows), ...] of a tensor, read one by one: an embedding need not be in memory for its few words.
+    def open_rows(self, name: str) -> "Rows":
+        """A way to read some rows of a tensor, now and later: an embedding need not be in memory for its few words.
 
-        rows: int64. Raises as `read`.
+        Its file stays open, so that what takes its place meanwhile is not read for it. Raises BrokenCheckpoint as `read`.
         """
-        stored = self.find(name)
-        wide = stored.nbytes // stored.shape[0]
-        wanted, order = rows.unique(return_inverse=True)
-        with open(stored.path, "rb", buffering=0) as file:
-            found = []
-            for row in wanted.tolist():
-                file.seek(stored.offset + row * wide)
-                found.append(bytearray(file.read(wide)))
-        if any(len(each) != wide for each in found):
-            raise _truncated(stored.path)
-        tensors = [torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for each in found]
-        return torch.stack(tensors)[order] if tensors else torch.empty(0, *stored.shape[1:], dtype=stored.dtype)
+        return StoredRows(self.find(name))
 
     def find(self, name: str) -> StoredTensor:
         """Where one tensor lies. Raises BrokenCheckpoint if there is none of that name."""

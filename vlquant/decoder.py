@@ -211,11 +211,15 @@ class KeyValueCache:
         """Positions stored so far."""
         return self.layers[0].length
 
-    def copy_from(self, other: "KeyValueCache", length: int) -> None:
-        """Begin with the first `length` positions of another cache."""
-        for own, given in zip(self.layers, other.layers, strict=True):
-            own.length = 0
-            own.append(given.keys[:, :, :length], given.values[:, :, :length])
+    def keep(self, length: int, capacity: int) -> None:
+        """Forget all but the first `length` positions and have room for `capacity`; a layer at a time may lie there twice."""
+        for index, layer in enumerate(self.layers):
+            batch, heads, own, width = layer.keys.shape
+            if not capacity <= own <= 2 * capacity:  # Much too large would cost memory for as long as the process lasts.
+                keys, values = (each.new_empty(batch, heads, capacity, width) for each in (layer.keys, layer.values))
+                self.layers[index] = LayerCache(keys, values)
+                self.layers[index].append(layer.keys[:, :, :length], layer.values[:, :, :length])
+            self.layers[index].length = length
 
 
 class DecoderLayer:
@@ -273,14 +277,8 @@ class Decoder:
     """
 
     def __init__(
-        self,
-        config: DecoderConfig,
-        *,
-        embedding: Tensor,
-        layers: Sequence[DecoderLayer],
-        norm: Tensor,
-        head: Linear,
-    ):
+        self, config: DecoderConfig, *, embedding: Tensor, layers: Sequence[DecoderLayer], norm: Tensor, head: Linear
+    ):  # fmt: skip
         self.config, self.embedding, self.layers = config, embedding, layers
         self.norm, self.head = norm, head
 

@@ -10,6 +10,7 @@ from rich.table import Table
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
 from vlquant.check_result import read_result
 from vlquant.errors import BrokenCheckpoint, InvalidRequest
+from vlquant.runtime.packed_weights import DERIVED, changed_packed
 from vlquant.vision_manifest import FOLDERS, VisionManifest, export_command, read_vision_manifest
 
 WORST_MODULES = 5
@@ -110,6 +111,7 @@ def require_intact(folder: Path, manifest: Manifest, towers: Mapping[str, Vision
     damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
     for place, tower in towers.items() if verify else ():
         damaged += [f"{place}/{name}" for name in changed_files(folder / place, tower)]
+    damaged += changed_packed(folder) if verify else []
     if damaged:
         raise BrokenCheckpoint(
             f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
@@ -120,6 +122,9 @@ def require_intact(folder: Path, manifest: Manifest, towers: Mapping[str, Vision
 def repair(damaged: list[str]) -> str:
     """The verb that writes the damaged files again."""
     places = dict.fromkeys(name.partition("/")[0] for name in damaged)
+    if list(places) == [DERIVED]:
+        return f"delete {DERIVED}/: it is made again when the model is next loaded"
+    places.pop(DERIVED, None)
     if not places.keys() <= set(FOLDERS.values()):
         return "quantize the model again"
     return f"run {' and '.join(map(export_command, places))} again"

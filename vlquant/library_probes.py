@@ -5,7 +5,6 @@
 
 import ctypes
 import importlib
-import importlib.util
 import json
 import os
 import sys
@@ -110,11 +109,11 @@ def nvrtc_facts(library: ctypes.CDLL) -> dict:
 
 
 def cpu_kernels() -> dict | None:
-    """The compiled CPU kernels; None: this installation has none."""
-    name = "vlquant.runtime._kernels"
-    if importlib.util.find_spec(name) is None:
-        return None
-    return {"file": Path(importlib.import_module(name).__file__).name}
+    """The compiled CPU kernels, if they are those of these Python files; None: this installation has none."""
+    from vlquant.runtime.kernel_library import library_path, open_library
+
+    path = library_path()
+    return path and {"file": Path(open_library(path)._name).name}
 
 
 def require_close(values: list[float], expected: float) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from vlquant.checkpoint import Checkpoint
+from vlquant.checkpoint import Checkpoint, Rows
 from vlquant.errors import UnsupportedCheckpoint
 
 WRAPPER = "base_model.model."
@@ -53,9 +53,9 @@ class MergedCheckpoint(Checkpoint):
         down, up = (self.wrapped.read(each).float() for each in (adapter.down, adapter.up))
         return (tensor.float() + SCALE * up @ down).to(tensor.dtype)
 
-    def read_rows(self, name: str, rows: Tensor) -> Tensor:
-        """Some rows of a tensor, adapters added."""
-        return self.read(name)[rows] if name in self.adapters else super().read_rows(name, rows)
+    def open_rows(self, name: str) -> Rows:
+        """A way to read some rows of a tensor, adapters added."""
+        return self.read(name).__getitem__ if name in self.adapters else super().open_rows(name)
 
 
 def merge_adapters(checkpoint: Checkpoint, config: Mapping) -> Checkpoint:

@@ -1,8 +1,8 @@
 """A bundle with some layers of its reference in the places of its own. Reads tensors, runs nothing."""
 
-import torch
 from torch import Tensor
 
+from vlquant.checkpoint import Rows
 from vlquant.model import Model
 
 
@@ -22,6 +22,7 @@ class Mixture:
         """A tensor outside the layers."""
         return self.bundle.tensor(name)
 
-    def embedding_rows(self, ids: torch.Tensor) -> Tensor:
-        """Rows [len(ids), hidden_size] of the embedding."""
-        return self.bundle.embedding_rows(ids)
+    @property
+    def embedding_rows(self) -> Rows:
+        """From ids [count] to rows [count, hidden_size] of the embedding."""
+        return self.bundle.embedding_rows

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlquant.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, open_checkpoint
+from vlquant.checkpoint import INDEX_FILE, SINGLE_FILE, Checkpoint, Rows, open_checkpoint
 from vlquant.config import ModelConfig, quantization_settings, read_config
 from vlquant.decoder import LINEARS, Decoder, FloatLinear, float_layer
 from vlquant.errors import BrokenCheckpoint, MissingDependency, UnsupportedCheckpoint
@@ -66,10 +67,10 @@ class Model:
         """Precision in which the tensor with canonical `name` is stored."""
         return self.checkpoint.find(name if name in self.checkpoint else self._stored(name)[0]).dtype
 
-    def embedding_rows(self, ids: Tensor) -> Tensor:
-        """Rows [len(ids), hidden_size] of the embedding, without reading the others."""
-        name = EMBEDDING if EMBEDDING in self.checkpoint else self._stored(EMBEDDING)[0]
-        return self.checkpoint.read_rows(name, ids)
+    @cached_property
+    def embedding_rows(self) -> Rows:
+        """From ids [count] to rows [count, hidden_size] of the embedding, without reading the others; its file stays open."""
+        return self.checkpoint.open_rows(EMBEDDING if EMBEDDING in self.checkpoint else self._stored(EMBEDDING)[0])
 
     def decoder_layer(self, index: int) -> dict[str, Tensor]:
         """All tensors of decoder layer `index` by relative name ("self_attn.q_proj.weight", ".qweight", ...)."""

@@ -124,7 +124,7 @@ def _sweep(output: Path) -> None:
 
 
 def lock_folder(folder: Path) -> int | None:
-    """Lock a folder for the life of this process; None if another process has done so."""
+    """Lock a folder, or a file, for the life of this process; None if another process has done so."""
     if fcntl is None:
         return None
     descriptor = os.open(folder, os.O_RDONLY)
@@ -190,13 +190,33 @@ def replace_text(path: Path, text: str) -> None:
 
 def replace_bytes(path: Path, data: bytes) -> None:
     """The same for any file."""
-    partial = path.with_name(f".{path.name}{HIDDEN_SUFFIX}")
-    try:
+    with replacing(path) as partial:
         partial.write_bytes(data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A new hidden file beside `path` to write into; it becomes `path` at the end, or disappears on any failure.
+
+    Its name is nobody else's: another process may write the same file. What killed processes left is swept.
+    """
+    for stale in path.parent.glob(f".{glob.escape(path.name)}.*{HIDDEN_SUFFIX}"):
+        with suppress(OSError):  # Another process may sweep too, or be done.
+            if (lock := lock_folder(stale)) is not None:
+                stale.unlink(missing_ok=True)
+                os.close(lock)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=HIDDEN_SUFFIX, dir=path.parent)
+    partial, lock = Path(name), None
+    os.close(handle)
+    try:
+        lock = lock_folder(partial)
+        yield partial
+        partial.chmod(0o666 & ~_umask())  # mkstemp makes it private
         flush_entry(partial)
-        partial.rename(path)
+        partial.replace(path)
         flush_entry(path.parent)
-    except OSError:
+    finally:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
-        raise
+        if lock is not None:
+            os.close(lock)

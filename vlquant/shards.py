@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -69,8 +70,7 @@ def write_safetensors(
 
     alignment: the file ends at a multiple of so many bytes, and with it begin all tensors of bytes that are such multiples.
     """
-    # The widest elements first, so that every tensor is aligned to its elements.
-    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    ordered = in_order(tensors)
     header: dict[str, dict] = {"__metadata__": {"format": "pt"} | (metadata or {})}
     end = 0
     for name, tensor in ordered:
@@ -82,7 +82,32 @@ def write_safetensors(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, tensor in ordered:
-            file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            file.write(bytes_of(tensor))
+
+
+def in_order(tensors: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+    """As they are written: the widest elements first, so that every tensor is aligned to its elements."""
+    return sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as they are stored."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
+    """The sha256 of what `write_safetensors` writes behind the header."""
+    digest = hashlib.sha256()
+    for _, tensor in in_order(tensors):
+        digest.update(bytes_of(tensor))
+    return digest.hexdigest()
+
+
+def stored_hash(path: Path) -> str:
+    """The same of a file that was written."""
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little"))
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_hash(path: Path) -> str:

@@ -3,7 +3,7 @@
    A piece of work is up to eight queries that share a key head: heads of its group, then heads of the next position.
    Keys lie LANES positions side by side, so that their scores need no sum over lanes. */
 
-/* Queries [heads * head_dim] of one row turned in place, and its key and value put into the cache. */
+/* Queries or keys [heads * head_dim] of one row normalised, where there is a norm, and turned, in place. */
 static void rotate_heads(float *rows, int64_t heads, int64_t head_dim, const float *norm, float eps,
                                 const float *cosines, const float *sines)
 {

@@ -6,6 +6,8 @@
 #define Py_LIMITED_API 0x030B0000
 #include <Python.h>
 
+#include <cpuid.h>
+
 #include "system.h"
 #include "buffers.h"
 
@@ -16,21 +18,25 @@ void run_product_avx2(Team *, const Matrix *, const float *, int64_t, float *, f
 
 static Team *team;
 
-/* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. */
+/* What these sources take: a library of older ones would read memory wrongly. */
+int vlquant_layout(void) { return LAYOUT; }
+
+/* 2: AVX-512 with VNNI, 1: AVX2, 0: neither, nothing here may be called. All that vnni.c and avx2.c are compiled for. */
 int vlquant_instructions(void)
 {
+    unsigned a, b, c = 0, d;
     __builtin_cpu_init();
-    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
-        && __builtin_cpu_supports("avx512vl")) return 2;
-    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? 1 : 0;
+    if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & bit_F16C)) return 0; /* GCC knows the name of this one from 11 on only */
+    if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq")
+        && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") ? 2 : 1;
 }
 
-/* Have so many threads from now on; 0 if the system gives them. A team survives neither a fork nor a change of size. */
+/* Have so many threads from now on; 0 if the system gives them. */
 int vlquant_threads(int size)
 {
-    if (team && team->size == size && team->owner == getpid()) return 0;
-    team = new_team(size); /* an old one sleeps for ever: its threads may belong to the process before the fork */
-    return team ? 0 : -1;
+    if (!team || team->owner != getpid()) team = new_team(); /* the threads of an old one stayed in the process before the fork */
+    return team ? resize(team, size) : -1;
 }
 
 int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t length)
@@ -42,7 +48,7 @@ int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t le
 
 int64_t vlquant_product_scratch(const Matrix *matrix, int64_t rows)
 {
-    return floats_of_inputs(rows * matrix->columns, rows * ((matrix->columns + 127) / 128));
+    return floats_of_inputs(rows * matrix->columns, rows * chunks_of(matrix->columns));
 }
 
 /* instructions: as found above, or fewer. */

@@ -13,7 +13,7 @@ typedef int32_t four_bytes_at __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PANEL = 16, PARTS = PANEL / LANES, BLOCK = 32, CHUNK = 128, QUERIES = 8 };
+enum { PARTS = PANEL / LANES };
 
 INLINE floats read_floats(const float *from) { return *(const floats_at *)from; }
 INLINE void write_floats(float *to, floats value) { *(floats_at *)to = value; }
@@ -46,10 +46,11 @@ INLINE float sum_lanes(floats value)
 /* Nearest integer, by the constant that leaves no bits for a fraction; for |value| below 2^22. */
 INLINE floats nearest(floats value) { return (value + 12582912.0f) - 12582912.0f; }
 
-/* e^value within two units in the last place: a power of two times a polynomial over half a octave to either side. */
+/* e^value within two units in the last place: a power of two times a polynomial over half a octave to either side.
+   Beyond -87 and 88 the power would leave its bits. What is no number stays none: `larger` gives its second then. */
 INLINE floats exponential(floats value)
 {
-    value = larger(value, all_floats(-87.0f));
+    value = -larger(all_floats(-88.0f), -larger(all_floats(-87.0f), value));
     floats octaves = nearest(value * 1.44269504088896341f);
     floats rest = value - octaves * 0.693359375f + octaves * 2.12194440e-4f;
     floats series = all_floats(1.9875691500e-4f);

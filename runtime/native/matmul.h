@@ -9,8 +9,6 @@
 
 enum { RADIX = 255, LARGEST = RADIX * 127 + 127 };
 
-static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
-
 /* Rows of inputs lie in groups of TILE_ROWS, the last ones of halves of that, side by side quad by quad: a tile reads one line. */
 typedef struct { int64_t start, size; } Group;
 
@@ -117,6 +115,7 @@ INLINE void store_tile(const Matrix *matrix, const Inputs *inputs, float *output
     tile(matrix, inputs, part, row, rows, wide, totals);
     UNROLLED for (int r = 0; r < rows; r++) {
         float *place = outputs + (row + r) * matrix->rows + part * LANES;
+        totals[r] *= matrix->factor;
         if (matrix->bias) totals[r] += read_floats(matrix->bias + part * LANES);
         if (added) totals[r] += read_floats(place);
         write_floats(place, totals[r]);

@@ -1,4 +1,11 @@
-/* What Python hands over: the fields and their order are those of runtime/native.py. */
+/* What Python hands over: the fields and their order are those of runtime/native.py and runtime/native_decoder.py. */
+
+enum { LAYOUT = 2 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
+enum {
+    PANEL = 16,  /* rows of a matrix that lie side by side */
+    BLOCK = 32,  /* columns of it that lie together */
+    CHUNK = 128, /* inputs that share a scale */
+};
 
 typedef struct {
     const uint8_t *codes;   /* [panels of 16 rows][blocks of 32 columns][...]: see runtime/native.py, pack_codes */
@@ -8,6 +15,7 @@ typedef struct {
     int64_t columns;        /* a multiple of 32 */
     int64_t group_size;     /* columns that share a scale: a multiple of 32 that divides columns */
     int64_t bits;           /* 4 or 8 */
+    float factor;           /* of all results, before the bias: a power of two, where halves alone do not reach down to the scales */
 } Matrix;
 
 typedef struct {
@@ -37,9 +45,9 @@ typedef struct {
     int64_t length, past;  /* new positions, and those in the cache */
 } Step;
 
-/* Inputs of a matrix as 255 * coarse + fine, with one scale per 128 of them. */
+/* Inputs of a matrix as 255 * coarse + fine, with one scale per CHUNK of them. */
 typedef struct {
     int8_t *codes; /* [groups of rows][columns / 4][rows of the group][4 coarse, 4 fine]: see matmul.h, group_of */
-    float *scales; /* [rows][columns / 128, rounded up] */
-    int32_t *sums; /* [rows][columns / 128, rounded up][4], of 32 inputs each before scaling */
+    float *scales; /* [rows][chunks_of(columns)] */
+    int32_t *sums; /* [rows][chunks_of(columns)][CHUNK / BLOCK]: of the inputs of a chunk, up to the end of each block */
 } Inputs;

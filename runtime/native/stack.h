@@ -49,9 +49,12 @@ static void keep(const Cache *cache, int64_t place, int64_t position, int64_t si
 
 static float scale_of(const float *row, int64_t size)
 {
-    float largest = 0;
-    for (int64_t i = 0; i < size; i++) largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
-    return largest / 127.0f;
+    float largest = 0, nothing = 0;
+    for (int64_t i = 0; i < size; i++) {
+        largest = fabsf(row[i]) > largest ? fabsf(row[i]) : largest;
+        nothing += row[i] - row[i]; /* unless it is no number: that has to be seen */
+    }
+    return largest / 127.0f + nothing;
 }
 
 /* The same, rounded to 8 bits with one scale for each. */
@@ -87,7 +90,7 @@ static void fill_cache(Team *team, const Stack *stack, const Layer *layer, const
     meet(team);
 }
 
-/* What every member works on; the buffers are sized by `scratch_floats`. */
+/* What every member works on; the buffers are sized by `sizes_of`. */
 typedef struct {
     const Stack *stack;
     const Cache *cache;

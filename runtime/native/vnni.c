@@ -2,7 +2,11 @@
 
 #include "system.h"
 
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c"))), apply_to = function)
+#else
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx2,fma,f16c")
+#endif
 #define WITH_VNNI
 #define LANES 16
 #define TILE_ROWS 8
@@ -14,3 +18,7 @@
 #include "matmul.h"
 #include "attention.h"
 #include "stack.h"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
