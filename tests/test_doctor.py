@@ -19,9 +19,11 @@ ROOT = Path(__file__).parents[1]
 CPU_LINE = "pip install -e '.[cpu]' -c vlquant/pins/cpu.txt"
 GPU_LINE = "pip install -e '.[gpu]' -c vlquant/pins/cpu.txt"
 PASCAL_LINE = "pip install -e '.[gpu]' -c vlquant/pins/pascal.txt"
-GPTQ, NF4, INT8, FP32, FP16, MARLIN, VISION_INT8 = (
-    "GPTQ 4 and 8 bit (own kernels)", "NF4 (bitsandbytes)", "LLM.int8 (bitsandbytes)", "vision fp32", "vision fp16", "Marlin (GPTQModel)", "vision int8",
+GPTQ, NF4, INT8, FP32, FP16, VISION_INT8 = (
+    "GPTQ 4 and 8 bit (own kernels)", "NF4 (bitsandbytes)", "int8 (own kernels)", "vision fp32", "vision fp16", "vision int8",
 )  # fmt: skip
+
+EVERYTHING_RUNS = {GPTQ: YES, NF4: YES, INT8: YES, FP32: YES, FP16: YES, VISION_INT8: NO}
 
 
 def runs(diagnosis, card=0):
@@ -43,20 +45,28 @@ def test_no_gpu_is_nothing_wrong():
 def test_a_pascal_card_with_its_own_set(card):
     diagnosis = doctor(pascal_set(card))
     assert (diagnosis.exit_code, diagnosis.findings, diagnosis.install) == (0, (), (PASCAL_LINE,))
-    assert runs(diagnosis) == {GPTQ: YES, NF4: YES, INT8: NO, FP32: YES, FP16: YES, MARLIN: NO, VISION_INT8: NO}
-    assert next(row.why for row in diagnosis.cards[0].rows if row.name == INT8) == "needs 7.5; below, take GPTQ with --bits 8"
+    assert runs(diagnosis) == EVERYTHING_RUNS
 
 
-@pytest.mark.parametrize(("card", "marlin"), [("T4", NO), ("3090", YES), ("H200", YES)])
-def test_later_cards_with_todays_wheels(card, marlin):
-    diagnosis = doctor(todays_set(card, versions={"gptqmodel": "7.3.6"}))
+@pytest.mark.parametrize("card", ["T4", "3090", "H200"])
+def test_later_cards_with_todays_wheels(card):
+    diagnosis = doctor(todays_set(card))
     assert (diagnosis.exit_code, diagnosis.findings, diagnosis.install) == (0, (), (GPU_LINE,))
-    assert runs(diagnosis) == {GPTQ: YES, NF4: YES, INT8: YES, FP32: YES, FP16: YES, MARLIN: marlin, VISION_INT8: NO}
+    assert runs(diagnosis) == EVERYTHING_RUNS
 
 
-def test_marlin_needs_gptqmodel():
-    [row] = [row for row in doctor(todays_set("H200")).cards[0].rows if row.name == MARLIN]
-    assert (row.runs, row.why) == (NO, "gptqmodel is not installed, or does not load")
+def test_packed_weights_need_our_kernels_and_nf4_needs_bitsandbytes():
+    """int8 is made with bitsandbytes, and multiplied by our kernels: cuda_linear.py lays it out for them."""
+    without = pascal_set("1080 Ti", bitsandbytes=None, problems={"bitsandbytes on cuda": "no kernel image"})
+    assert {name: runs(doctor(without))[name] for name in (GPTQ, INT8, NF4)} == {GPTQ: YES, INT8: YES, NF4: NO}
+    without = pascal_set("1080 Ti", nvrtc=None)
+    assert {name: runs(doctor(without))[name] for name in (GPTQ, INT8, NF4)} == {GPTQ: NO, INT8: NO, NF4: YES}
+
+
+def test_a_row_says_what_carries_it_or_what_is_lacking():
+    rows = {row.name: row for row in doctor(pascal_set("P100")).cards[0].rows}
+    assert rows[INT8].why == "it begins at compute capability 6.1, and the card has 6.0"
+    assert (rows[NF4].runs, rows[NF4].why) == (YES, "bitsandbytes' kernels; made with it too, which any CPU can")
 
 
 def test_the_pascal_set_serves_later_cards_too():
@@ -116,7 +126,7 @@ BREAKAGES = {
     ),
     "a bitsandbytes that does not compute": (
         todays_set("T4", problems={"bitsandbytes on cuda": "no kernel image"}), "bitsandbytes 0.50.2 does not work on the GPU",
-        "pip uninstall -y bitsandbytes && " + GPU_LINE, {GPTQ: YES, NF4: NO, INT8: NO, FP32: YES},
+        "pip uninstall -y bitsandbytes && " + GPU_LINE, {GPTQ: YES, NF4: NO, INT8: YES, FP32: YES},
     ),
 }  # fmt: skip
 
@@ -238,5 +248,5 @@ def test_it_is_printed_whole_and_claims_no_measurement(terminal):
 def test_json_is_the_diagnosis():
     told = json.loads(to_json(doctor(pascal_set("P40", torch=CUDA130, ran=BOTH_PROVIDERS))))
     assert told["exit_code"] == 3 and told["findings"][0]["severity"] == BROKEN
-    assert told["cards"][0]["capability"] == [6, 1] and len(told["cards"][0]["rows"]) == 7
+    assert told["cards"][0]["capability"] == [6, 1] and len(told["cards"][0]["rows"]) == 6
     assert set(told) == {"facts", "findings", "cards", "verdict", "install", "exit_code"}

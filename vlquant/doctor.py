@@ -8,7 +8,7 @@ from itertools import chain
 
 from vlquant import gpu_support as support
 from vlquant.doctor_facts import facts
-from vlquant.doctor_rules import BROKEN, EVERYTHING, RULES, SLOW, UNUSED, Finding, install_lines
+from vlquant.doctor_rules import BROKEN, EVERYTHING, RULES, SLOW, UNUSED, Finding, dotted, install_lines
 from vlquant.gpu_support import Capability
 from vlquant.nvidia import Gpu
 from vlquant.probes import Probes
@@ -78,7 +78,7 @@ def card(gpu: Gpu, probes: Probes, findings: tuple[Finding, ...]) -> Card:
 def row(ability: support.Ability, capability: Capability, probes: Probes, findings: list[Finding]) -> Row:
     """One line of a card's table: the first thing that stands in the way, or what carries it."""
     if capability < ability.lowest:
-        return Row(ability.name, NO, ability.why)
+        return Row(ability.name, NO, f"it begins at compute capability {dotted(ability.lowest)}, and the card has {dotted(capability)}")
     concerned = [each for each in findings if each.part in ability.needs or each.part == EVERYTHING]
     for each in concerned:
         if each.severity in (BROKEN, UNUSED):
@@ -86,7 +86,7 @@ def row(ability: support.Ability, capability: Capability, probes: Probes, findin
     if missing := [part for part in ability.needs if not is_there(part, probes)]:
         return Row(ability.name, NO, f"{missing[0]} is not installed, or does not load")
     slow = next((each.sentence for each in concerned if each.severity == SLOW), None)
-    return Row(ability.name, SLOW, slow) if slow else Row(ability.name, YES, ability.why)
+    return Row(ability.name, SLOW, slow) if slow else Row(ability.name, YES, ability.carried_by)
 
 
 def is_there(part: str, probes: Probes) -> bool:

@@ -56,19 +56,19 @@ class Ability:
 
     name: str
     lowest: Capability
-    why: str
-    """Why that capability, or what runs above it."""
+    carried_by: str
+    """What runs it."""
     needs: tuple[str, ...]
     """Parts that have to be sound, as findings name them."""
 
 
 ABILITIES = (
-    Ability("GPTQ 4 and 8 bit (own kernels)", (6, 1), "written for 6.1 and later, compiled by NVRTC", ("driver", "torch", "nvrtc")),
-    Ability("NF4 (bitsandbytes)", (6, 0), "code from 6.0 on", ("driver", "torch", "bitsandbytes")),
-    Ability("LLM.int8 (bitsandbytes)", (7, 5), "needs 7.5; below, take GPTQ with --bits 8", ("driver", "torch", "bitsandbytes")),
+    Ability("GPTQ 4 and 8 bit (own kernels)", (6, 1), "our kernels, compiled by NVRTC", ("driver", "torch", "nvrtc")),
+    # bitsandbytes' own products with int8 begin at 7.5. They are not used: its codes and row scales go to our kernels.
+    Ability("int8 (own kernels)", (6, 1), "our kernels, compiled by NVRTC; made with bitsandbytes, which any CPU can", ("driver", "torch", "nvrtc")),
+    Ability("NF4 (bitsandbytes)", (6, 0), "bitsandbytes' kernels; made with it too, which any CPU can", ("driver", "torch", "bitsandbytes")),
     Ability("vision fp32", (6, 0), "ONNX Runtime's CUDA provider", ("driver", "torch", "cudnn", "onnxruntime")),
     Ability("vision fp16", (6, 0), "half-size weights, sums in float32", ("driver", "torch", "cudnn", "onnxruntime")),
-    Ability("Marlin (GPTQModel)", (8, 0), "an optional kernel, for 8.0 and later", ("driver", "torch", "gptqmodel")),
 )
 CPU_ONLY = (("vision int8", "its operators are made for CPUs; on a GPU take fp32 or fp16"),)
 """What is not meant for a GPU, whichever it is."""

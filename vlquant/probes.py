@@ -21,7 +21,7 @@ from vlquant.nvidia import Gpu, find_driver, unseen_devices
 
 DISTRIBUTIONS = (
     "vlquant", "torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "numpy",
-    "onnx", "transformers", "gptqmodel",
+    "onnx", "transformers",
 )  # fmt: skip
 INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512_bf16": "AVX512-BF16"}
 """Those that kernels on a CPU choose by, as Linux calls them."""
