@@ -26,10 +26,10 @@ bundle, columns, rows, context = sys.argv[1], *map(int, sys.argv[2:])
 pipe, answer = load(bundle), Generation(max_new_tokens=8)
 side = pipe.config.chat.image_size
 pixels = random.Random(0).randbytes(3 * columns * rows * side * side)
-picture = Image.frombytes("RGB", (columns * side, rows * side), pixels)
-fixed, words = (len(pipe.encode(Request(text, images=[picture])).ids) for text in ("x", "x" + " word" * 100))
+pictures = [Image.frombytes("RGB", (columns * side, rows * side), pixels)] if columns else []
+fixed, words = (len(pipe.encode(Request(text, images=pictures)).ids) for text in ("x", "x" + " word" * 100))
 count = max(0, (context - answer.max_new_tokens - fixed) * 100 // (words - fixed))
-said = pipe.ask("x" + " word" * count, [picture], generation=answer)
+said = pipe.ask("x" + " word" * count, pictures, generation=answer)
 print(sum(said.tiles))
 print(said.usage.prompt_tokens + said.usage.answer_tokens)
 print(peak_memory())
@@ -45,7 +45,7 @@ def bundle(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("columns", "rows", "context"), [(1, 1, 1024), (4, 3, 4096)])
+@pytest.mark.parametrize(("columns", "rows", "context"), [(0, 0, 512), (1, 1, 1024), (0, 0, 4096), (4, 3, 4096)])
 def test_a_chat_takes_what_was_planned(bundle, columns, rows, context):
     command = [sys.executable, "-c", ASK, str(bundle), *map(str, (columns, rows, context))]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -16,7 +16,7 @@ def plan_command(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL|BUNDLE", help="Folder, a name such as InternVL2_5-8B, or owner/name on the hub.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it would run; it need not be here.")] = "cuda",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it would run; a GPU need not be here.")] = "cuda",
     vram: Annotated[
         str | None,
         typer.Option("--vram", "--memory", metavar="SIZE", help="11GB, 10.5GiB, 11. Default: 11GB; on a cpu what is free here."),
