@@ -8,7 +8,7 @@ from itertools import chain
 
 from vlquant import gpu_support as support
 from vlquant.doctor_facts import facts
-from vlquant.doctor_rules import BROKEN, EVERYTHING, RULES, SLOW, UNUSED, Finding, dotted, install_lines
+from vlquant.doctor_rules import BROKEN, EVERYTHING, RULES, SLOW, UNUSED, Finding, Install, dotted, installs
 from vlquant.gpu_support import Capability
 from vlquant.nvidia import Gpu
 from vlquant.probes import Probes
@@ -46,8 +46,8 @@ class Diagnosis:
     findings: tuple[Finding, ...]
     cards: tuple[Card, ...]
     verdict: tuple[str, ...]
-    install: tuple[str, ...]
-    """Commands that give what this machine can run, from the pinned sets, all that is broken replaced."""
+    install: tuple[Install, ...]
+    """What gives this machine what it can run, from the pinned sets, all that is broken replaced; several exclude each other."""
     exit_code: int
     """0: vlquant can run, with or without a GPU; 3: something installed is broken."""
 
@@ -56,13 +56,14 @@ def doctor(probes: Probes) -> Diagnosis:
     """Judge a machine. No GPU is nothing bad; a build that has no code for the GPU that is there is."""
     findings = tuple(dict.fromkeys(chain.from_iterable(rule(probes) for rule in RULES)))
     cards = tuple(card(gpu, probes, findings) for gpu in probes.gpus)
-    replaced = chain.from_iterable(each.replace for each in findings)
+    replaced = tuple(dict.fromkeys(chain.from_iterable(each.replace for each in findings)))
+    ways = tuple(installs(probes, remove=replaced))
     return Diagnosis(
         facts=tuple(facts(probes)),
         findings=findings,
         cards=cards,
-        verdict=tuple(verdict(probes, cards)),
-        install=tuple(dict.fromkeys(install_lines(probes, remove=tuple(dict.fromkeys(replaced))))),
+        verdict=tuple(verdict(probes, cards, ways)),
+        install=ways,
         exit_code=BROKEN_EXIT_CODE if any(each.severity == BROKEN for each in findings) else 0,
     )
 
@@ -95,7 +96,7 @@ def is_there(part: str, probes: Probes) -> bool:
     return bool(present.get(part, part in probes.versions))
 
 
-def verdict(probes: Probes, cards: tuple[Card, ...]) -> list[str]:
+def verdict(probes: Probes, cards: tuple[Card, ...], ways: tuple[Install, ...]) -> list[str]:
     """What works and what does not, a line for the CPU and one for each card."""
     lines = ["vlquant runs on the CPU" if probes.torch else "vlquant cannot run without torch"]
     for each in cards:
@@ -104,4 +105,6 @@ def verdict(probes: Probes, cards: tuple[Card, ...]) -> list[str]:
         lines.append(f"{each.name}: runs {', '.join(works) or 'nothing'}; not {', '.join(not_here)}")
     if not cards and not probes.unseen:
         lines.append("no GPU that could be used was found, which is nothing wrong")
+    if len(ways) > 1:
+        lines.append("no set of versions serves all of these cards: each way below excludes the others, and takes an environment of its own")
     return lines

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from shlex import quote
 
 Capability = tuple[int, int]
 Version = tuple[int, ...]
@@ -83,6 +84,15 @@ class PinnedSet:
     highest: Capability | None
     cuda: int
     """Major version of the CUDA its torch is built with."""
+    system: str | None = None
+    """The one that its wheels are for; None: any."""
+    pythons: tuple[Version, Version] | None = None
+    """The first and the last that its wheels are for; None: whatever vlquant takes."""
+
+    def installs(self, python: str, system: str) -> bool:
+        """Whether there are wheels for this version of Python ("3.11.7") and system ("Linux x86_64")."""
+        fits = self.pythons is None or self.pythons[0] <= numbers(python)[:2] <= self.pythons[1]
+        return fits and self.system in (None, system)
 
     def serves(self, capability: Capability, driver: Version | None) -> bool:
         """Whether its wheels have code for the card, and the driver is new enough for them; None: not known."""
@@ -90,19 +100,26 @@ class PinnedSet:
         return has_code and (driver is None or driver[0] >= DRIVER_FOR_CUDA[self.cuda])
 
 
-SETS = (PinnedSet("cpu.txt", (7, 5), None, 13), PinnedSet("pascal.txt", (6, 0), (9, 0), 12))
+SETS = (
+    PinnedSet("cpu.txt", (7, 5), None, 13),
+    PinnedSet("pascal.txt", (6, 0), (9, 0), 12, system="Linux x86_64", pythons=((3, 11), (3, 13))),
+)
 """The preferred first. A CPU takes the first."""
 
 
-def set_for(capabilities: Iterable[Capability], driver: Version | None) -> PinnedSet | None:
-    """The first set that serves all these cards with this driver; without cards the first; None if there is none."""
+def set_for(capabilities: Iterable[Capability], driver: Version | None, sets: Iterable[PinnedSet] = SETS) -> PinnedSet | None:
+    """The first of `sets` that serves all these cards with this driver; without cards the first; None if there is none."""
     cards = tuple(capabilities)
-    return next((each for each in SETS if all(each.serves(card, driver) for card in cards)), None)
+    return next((each for each in sets if all(each.serves(card, driver) for card in cards)), None)
 
 
-def install_line(pins: str, *, extra: str, remove: Iterable[str] = ()) -> str:
-    """The command of README that installs vlquant by one of the sets, after taking `remove` out."""
-    install = f"pip install -e '.[{extra}]' -c vlquant/pins/{pins}"
+def install_line(pins: str, *, extra: str, sources: str | None, remove: Iterable[str] = ()) -> str:
+    """The command that installs vlquant by the file `pins`, after taking `remove` out.
+
+    sources: the folder it is built from; None: what is installed stays, and gets what it needs.
+    """
+    what = f"vlquant[{extra}]" if sources is None else f"{sources}[{extra}]"
+    install = f"pip install {'' if sources is None else '-e '}{quote(what)} -c {quote(pins)}"
     away = " ".join(remove)
     return f"pip uninstall -y {away} && {install}" if away else install
 
