@@ -10,7 +10,7 @@ from hypothesis import strategies as some
 from vlquant.config import parse_config
 from vlquant.layout import language_shapes, tensor_shapes
 from vlquant.members import MEMBERS, member_config
-from vlquant.memory import FORMS, HALF, COMPILED, PLACES, SINGLE, TEXT_TOKENS, Form, Weights, linear_names, model_memory, prompt_bytes, running_place, vision_bytes, work_bytes
+from vlquant.memory import COMPILED, FORMS, HALF, PLACES, SINGLE, TEXT_TOKENS, Form, Weights, linear_names, model_memory, prompt_bytes, running_place, vision_bytes, work_bytes
 
 BY_HAND = {
     "InternVL2_5-1B": (0.19, 0.27, 0.27, 0.62, 0.10, 2.6),
@@ -122,6 +122,8 @@ def test_heads_of_odd_width_and_stored_heads_are_left_to_torch():
     assert running_place(PLACES["cpu"], odd).embedding is None
     stored = running_place(PLACES["cpu"], replace(weights, head_bits=16))
     assert (stored.head, stored.expands_head, stored.loading) == (None, True, 0)
+    # What others quantized is packed at every load, in memory, which leaves something behind.
+    assert running_place(PLACES["cpu"], replace(weights, in_bundle=False)) == replace(COMPILED, loading=PLACES["cpu"].loading)
     # Its head is expanded in blocks of 16 Mi weights.
     more = work_bytes(weights.config, stored, context=512, tiles=0) - work_bytes(weights.config, COMPILED, context=512, tiles=0)
     assert more == 4 * 16 * 2**20

@@ -41,15 +41,20 @@ def bundle(tmp_path_factory):
     folder = tmp_path_factory.mktemp("measured")
     made = quantize(synthesize(NAME, folder / NAME), recipe=Recipe("rtn", 4), output=folder / "bundle")
     export_vision(made)
+    ask(made, 0, 0, 640)  # The first load packs the weights; every later one maps them.
     return made
 
 
+def ask(bundle, *size):
+    """Tiles, tokens and peak memory of a process that answers."""
+    command = [sys.executable, "-c", ASK, str(bundle), *map(str, size)]
+    return map(int, subprocess.run(command, capture_output=True, text=True, check=True).stdout.split())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("columns", "rows", "context"), [(0, 0, 512), (1, 1, 1024), (0, 0, 4096), (4, 3, 4096)])
+@pytest.mark.parametrize(("columns", "rows", "context"), [(0, 0, 640), (1, 1, 1024), (0, 0, 4096), (4, 3, 4096)])
 def test_a_chat_takes_what_was_planned(bundle, columns, rows, context):
-    command = [sys.executable, "-c", ASK, str(bundle), *map(str, (columns, rows, context))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    tiles, tokens, peak = map(int, done.stdout.split())
+    tiles, tokens, peak = ask(bundle, columns, rows, context)
     planned = plan(bundle, device="cpu", memory=10**12, context=tokens, tiles=tiles).choices[0]
     print(f"{tiles} tiles, {tokens} tokens: {peak / 1e9:.2f} GB measured, {planned.total / 1e9:.2f} planned")
     assert planned.vision == "fp32" and planned.total == pytest.approx(peak, rel=0.1)

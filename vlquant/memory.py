@@ -155,6 +155,8 @@ class Weights:
     head: Form = HALF
     head_bits: int = 8
     """In which a CPU's compiled kernels are to compute the head: 8, or 16 as it is stored."""
+    in_bundle: bool = True
+    """Whether what the compiled kernels read is kept in a file and mapped; of what others quantized it is made at every load."""
 
 
 def model_memory(weights: Weights, place: Place, *, vision: str, context: int, tiles: int) -> Memory:
@@ -190,10 +192,11 @@ def running_place(place: Place, weights: Weights, *, kernels: bool = True) -> Pl
     shapes = language_shapes(weights.config.decoder)
     whole_blocks = all(shapes[name][1] % BLOCK == 0 for name in weights.linears)
     knows_all = all(map(kernels_know, forms)) and whole_blocks and weights.config.decoder.head_dim % HEAD_DIM_MULTIPLE == 0
+    compiled = COMPILED if weights.in_bundle else replace(COMPILED, loading=place.loading)
     if knows_all and weights.head_bits == 8:
-        return COMPILED
+        return compiled
     if knows_all:  # The head alone is expanded.
-        return replace(COMPILED, head=None, expands_head=True, expanded_value=place.expanded_value)
+        return replace(compiled, head=None, expands_head=True, expanded_value=place.expanded_value)
     return replace(place, head=ROUNDED_HEAD, expands_head=False) if weights.head_bits == 8 else place
 
 

@@ -44,7 +44,7 @@ RECIPES = {
 GPU_BYTES = 11 * 10**9
 """Of a GTX 1080 Ti, with 0.7 GB left to whatever draws the screen."""
 CONTEXT = 8192
-NO_KERNELS = "planned without compiled kernels: there are none here, or VLQUANT_KERNELS asks for torch; vlquant doctor says which"
+NO_KERNELS = "planned without compiled kernels: there are none here, or VLQUANT_KERNELS asks for torch; vlquant doctor says whether they are there"
 UNITS = {"": 10**9, "GB": 10**9, "G": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -103,13 +103,14 @@ def plan(
     """Memory of a model by method and vision precision, and the largest context and tile count that fit. Reads no weights.
 
     model: folder, published name or hub id; a bundle is planned as it is. device: "cpu", by the kernels that are here, or
-    "cuda", which need not be; memory: bytes, None: of a GTX 1080 Ti, or what is free here. context, tiles: None for 8192 tokens and one whole picture,
-    or what the model can read. Raises VlquantError for what cannot be planned.
+    "cuda", which need not be; memory: bytes, None: of a GTX 1080 Ti, or what is free here. context, tiles: None for 8192
+    tokens and one whole picture, or what the model can read. Raises VlquantError for what cannot be planned.
     """
     if device not in PLACES:
         raise InvalidRequest(f"device {device!r} is unknown; use {' or '.join(PLACES)}")
     weights, own, remarks = weights_of(model, report)
-    config, path, kernels = weights.config, Path(model).expanduser(), native_kernels() is not None
+    config, path = weights.config, Path(model).expanduser()
+    kernels = device == "cpu" and native_kernels() is not None
     limit = memory or (GPU_BYTES if device == "cuda" else available_memory() or physical_memory())
     context, tiles = asked_size(config, context, tiles)
     methods = {own: weights} if own else dict(methods_of(weights))
@@ -173,7 +174,8 @@ def stored_weights(folder: Path) -> tuple[Weights, str | None]:
     if (folder / MANIFEST).is_file():
         manifest = read_manifest(folder)
         return replace(weights, head_bits=bits_of_head(manifest)), Recipe.from_dict(manifest.recipe).label
-    return weights, "as it is" if any(is_quantized(model, name) for name in names) else None
+    quantized = any(is_quantized(model, name) for name in names)
+    return replace(weights, in_bundle=not quantized), "as it is" if quantized else None
 
 
 def quantized_form(model: Model, name: str, settings: Mapping) -> Form:
