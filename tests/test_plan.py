@@ -283,6 +283,11 @@ def test_the_command_prints_a_table_of_eighty_columns():
     assert "7.5" not in done.stdout and "published shapes" in done.stdout  # int8 runs by our own kernels, on a GTX 1080 Ti too.
 
 
+def test_a_narrow_terminal_loses_no_numbers():
+    wide, narrow = (CliRunner(env={"COLUMNS": width}).invoke(app, ["plan", "InternVL2_5-8B"]).stdout for width in ("80", "40"))
+    assert narrow == wide and "GPTQ-4" in narrow
+
+
 def test_the_largest_published_model_fits_the_table_too():
     console = Console(width=80, record=True, file=open(os.devnull, "w"))
     plan_table.print_plan(plan("InternVL2_5-78B", memory=200 * 10**9), console)

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vlquant.cli_options import bundle_or_demo_model, say
+from vlquant.cli_options import bundle_or_demo_model, say, wide_console
 
 NOTHING_FITS = 3  # Looked into, and the answer is no: as a failed check.
 
@@ -27,8 +27,6 @@ def plan_command(
 ) -> None:
     """What fits into memory, by method and precision: exit code 0 something, 3 nothing. Downloads and loads no weights."""
     named = bundle_or_demo_model(model)
-    from rich.console import Console
-
     from vlquant.plan import parse_bytes, plan, to_json
     from vlquant.plan_table import print_plan
 
@@ -37,5 +35,5 @@ def plan_command(
     if as_json:
         typer.echo(to_json(found))
     else:
-        print_plan(found, Console())
+        print_plan(found, wide_console())
     raise typer.Exit(0 if found.fits else NOTHING_FITS)
