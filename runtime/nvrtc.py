@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlquant.errors import MissingDependency
-from vlquant.kept_answers import cache_folder
-from vlquant.publishing import replace_bytes
 
 FOLDERS = ("nvidia.cuda_nvrtc", "nvidia.cu13", "nvidia.cu14")
 """Packages whose lib/ holds NVRTC: its own wheel for CUDA 12, that of everything since."""
@@ -35,6 +33,10 @@ def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence
 
     defines: as in "HEAD_DIM=128". Raises MissingDependency without an NVRTC that knows the card.
     """
+    # Not above: `vlquant doctor` asks this module of machines where torch, which these import, does not load.
+    from vlquant.kept_answers import cache_folder
+    from vlquant.publishing import replace_bytes
+
     library = load_nvrtc(capability)
     options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++14", *(f"--define-macro={each}" for each in defines)]
     known = "\0".join((source, *options, *map(str, nvrtc_version(library))))
@@ -68,14 +70,18 @@ def compile_program(library: ctypes.CDLL, source: str, options: Sequence[str]) -
 
 def load_nvrtc(capability: tuple[int, int]) -> ctypes.CDLL:
     """The newest NVRTC here that compiles for a card. Raises MissingDependency."""
-    for path in nvrtc_paths():
-        library = _open(path)
-        if library and 10 * capability[0] + capability[1] in known_architectures(library):
+    for library in libraries():
+        if 10 * capability[0] + capability[1] in known_architectures(library):
             return library
     raise MissingDependency(
         "--device cuda compiles its kernels with NVRTC, and none is here that knows compute capability {}.{}; run pip install "
         "nvidia-cuda-nvrtc-cu12 (CUDA 13 dropped everything before 7.5), or choose --device cpu".format(*capability)
     )
+
+
+def libraries() -> list[ctypes.CDLL]:
+    """Every NVRTC here that opens, in the order in which they are tried."""
+    return [library for library in map(_open, nvrtc_paths()) if library is not None]
 
 
 def known_architectures(library: ctypes.CDLL) -> list[int]:

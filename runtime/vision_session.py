@@ -34,7 +34,7 @@ class OnnxVision:
     def __init__(self, folder: str | Path, device: str = "cpu", *, threads: int | None = None) -> None:
         """Open `folder` (the one that holds model.onnx) on "cpu", "cuda" or "cuda:N".
 
-        threads: of one operator, on the CPU; None: one per physical core.
+        threads: of one operator, on the CPU; None: as many as torch uses.
         Raises InvalidRequest, BrokenCheckpoint or MissingDependency, as `read_vision_manifest` and `open_session` do, the
         latter on a CPU when the first picture comes.
         """
@@ -151,6 +151,7 @@ def tiles_per_run(tile_size: int) -> int:
 def open_session(path: Path, device: torch.device, *, threads: int | None = None, repack: bool = True):
     """An ONNX Runtime session on exactly the device asked for.
 
+    threads: on a CPU; None: as many as torch uses, so that OMP_NUM_THREADS and the cores a process may use count for both.
     repack: copy the weights into the order its kernels like best (5 % faster); without it they stay in the mapped
     file, from where the system can drop them again, so that even a tower larger than the memory runs.
     Raises MissingDependency if that needs a package that is not installed or does not work here, never
@@ -159,7 +160,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     onnxruntime = import_onnxruntime()
     provider, provider_options = _provider(onnxruntime, device, path)
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
+    options.intra_op_num_threads = threads or (torch.get_num_threads() if device.type == "cpu" else 0)
     options.log_severity_level = 3
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     try:

@@ -12,14 +12,15 @@ CARDS = {
     "970": Gpu("NVIDIA GeForce GTX 970", (5, 2), 4_200_000_000),
     "T4": Gpu("Tesla T4", (7, 5), 15_800_000_000),
     "3090": Gpu("NVIDIA GeForce RTX 3090", (8, 6), 25_400_000_000),
+    "5090": Gpu("NVIDIA GeForce RTX 5090", (12, 0), 34_200_000_000),
     "H200": Gpu("NVIDIA H200", (9, 0), 150_000_000_000),
 }
 CUDA126 = TorchBuild("12.6", ("sm_50", "sm_60", "sm_70", "sm_75", "sm_80", "sm_86", "sm_90"), 90501)
 CUDA128 = TorchBuild("12.8", ("sm_70", "sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), 91002)
 CUDA130 = TorchBuild("13.0", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), 91900)
 CUDA132 = TorchBuild("13.2", ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), 92600)
-NVRTC12 = Nvrtc("libnvrtc.so.12", "12.6", (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90))
-NVRTC13 = Nvrtc("libnvrtc.so.13", "13.0", (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121))
+NVRTC12 = (Nvrtc("libnvrtc.so.12", "12.6", (50, 52, 53, 60, 61, 62, 70, 72, 75, 80, 86, 87, 89, 90)),)
+NVRTC13 = (Nvrtc("libnvrtc.so.13", "13.0", (75, 80, 86, 87, 88, 89, 90, 100, 103, 110, 120, 121)),)
 PASCAL_VERSIONS = {
     "vlquant": "0.1.0", "torch": "2.7.1", "onnxruntime-gpu": "1.23.2", "bitsandbytes": "0.49.2", "nvidia-cudnn-cu12": "9.5.1.17",
 }  # fmt: skip
@@ -36,6 +37,7 @@ NO_GPU = Probes(
     ran=("CPUExecutionProvider",),
     bitsandbytes="libbitsandbytes_cpu.so",
     compiler="cc",
+    cpu_kernels="_kernels.abi3.so",
 )
 
 

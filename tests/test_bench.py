@@ -1,36 +1,36 @@
-"""`vlquant bench`: runs on the demo model, its arithmetic, its table, chart and JSON, and what it refuses."""
+"""`vlquant bench`: runs on the demo model, its arithmetic, its JSON, and what it refuses."""
 
 import ast
 import importlib.util
-import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from rich.console import Console
 from typer.testing import CliRunner
 
 from vlquant import bench as bench_module
 from vlquant import contestants
 from vlquant.bench import Task, bench, tasks_for, turns
-from vlquant.bench_options import MEASURES, BenchOptions, row_lengths
-from vlquant.bench_result import BenchResult, Series, to_json
+from vlquant.bench_options import MEASURES, BenchOptions, kept_model, row_lengths
+from vlquant.bench_result import to_json
 from vlquant.bench_shape import bundle_of_shape
-from vlquant.bench_table import plot_bench, print_bench, require_picture
+from vlquant.bench_table import remarks
 from vlquant.calib_data import demo_model
 from vlquant.cli import app
 from vlquant.config import parse_config, read_config
 from vlquant.contestants import CONTESTANTS, Contestant, ContestantProcess, choose_peers
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency
 from vlquant.export.vision import export_vision
-from vlquant.machine import Machine, this_machine
+from vlquant.layout import tensor_shapes
+from vlquant.machine import this_machine
 from vlquant.members import MEMBERS, member_config
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
+from vlquant.runtime.native import native_kernels
 
-SMALL = BenchOptions(rounds=2, prompts=(24,), contexts=(16,), batch=2, tokens=2, against=("torch", "transformers"))
-MACHINE = Machine("A processor", 2, 2, ("avx2",), "Linux", 0.05, {"torch": "2"})
+from tests.made_up_bench import MACHINE, SMALL, made_up
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +43,6 @@ def bundle(tmp_path_factory):
 @pytest.fixture(scope="module")
 def measured(bundle, tmp_path_factory):
     return bench(bundle, tmp_path_factory.mktemp("work"), options=SMALL)
-
-
-def made_up(**more):
-    series = (
-        Series("load", "s", "vlquant", (1.0, 3.0, 2.0)),
-        Series("prefill 512", "tokens/s", "vlquant", (10.0, 20.0, 30.0, 40.0)),
-        Series("prefill 512", "tokens/s", "llama-cpp", (5.0, 10.0, 15.0, 20.0)),
-        Series("peak memory, text answered", "bytes", "vlquant", (1.5e9,)),
-        Series("tile, float32", "s", "openvino", (2.0,)),
-    )
-    found = BenchResult("a-bundle", {"layers": 2}, "2026-01-02 03:04", SMALL, MACHINE, {"llama-cpp": {"system": "VNNI = 1"}}, series, {"openvino": "absent [here]"})
-    return replace(found, **more)
 
 
 def test_it_measures_everything_on_the_demo_model(measured):
@@ -89,16 +77,6 @@ def test_a_result_is_json_with_medians_and_ratios(measured):
         assert (each["ours_to_this"] is None) == (each["contestant"] == "vlquant")
 
 
-def test_medians_quartiles_and_ratios():
-    found = made_up()
-    load, ours, peer, memory, alone = found.series
-    assert (load.spread.median, load.spread.first_quartile, load.spread.third_quartile) == (2.0, 1.5, 2.5)
-    assert (ours.spread.median, ours.spread.first_quartile, ours.spread.third_quartile) == (25.0, 17.5, 32.5)
-    assert memory.spread.median == memory.spread.third_quartile == 1.5e9
-    assert found.ratio(peer) == 2.0
-    assert found.ratio(ours) is None and found.ratio(alone) is None
-
-
 def test_contestants_take_turns_after_a_warm_up():
     names = ["ours", "peer"]
     assert list(turns(names, 2, "decode", lambda event: None)) == [(n, name) for n in (0, 1, 2) for name in names]
@@ -112,29 +90,6 @@ def test_speeds_are_tokens_by_seconds():
 def test_conversations_side_by_side_differ_in_length():
     assert row_lengths(512, 1) == [512]
     assert row_lengths(512, 5) == [512, 448, 384, 320, 256]
-
-
-def test_the_table_has_every_number():
-    console = Console(file=io.StringIO(), width=80)
-    print_bench(made_up(), console)
-    text = console.file.getvalue()
-    lines = [line.split() for line in text.splitlines()]
-    assert ["vlquant", "25.0", "[17.5,", "32.5]"] in lines
-    assert ["llama-cpp", "12.5", "[8.750,", "16.2]", "2.00"] in lines
-    assert ["vlquant", "1500", "[1500,", "1500]"] in lines
-    assert "not measured: openvino: absent [here]" in text and "llama-cpp: system VNNI = 1" in text
-    assert max(map(len, text.splitlines())) <= 80
-
-
-def test_the_chart_is_a_picture(tmp_path):
-    plot_bench(made_up(), tmp_path / "bench.png")
-    assert (tmp_path / "bench.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-
-
-@pytest.mark.parametrize(("name", "words"), [("bench.txt", "no name of a picture"), ("absent/bench.png", "make it first")])
-def test_a_chart_that_cannot_be_written_is_refused_first(name, words, tmp_path):
-    with pytest.raises(InvalidRequest, match=words):
-        require_picture(tmp_path / name)
 
 
 def test_this_machine_is_described():
@@ -174,6 +129,68 @@ def test_vision_without_a_tower_is_nothing_to_measure(bundle, tmp_path, monkeypa
     assert {each.measure for each in tasks_for(bundle, SMALL)} == {"prefill", "decode", "batch"}
     with pytest.raises(InvalidRequest, match="nothing to measure.*export-vision"):
         bench(bundle, tmp_path, options=replace(SMALL, measures=("vision", "picture")))
+    found = bench(bundle, tmp_path, options=replace(SMALL, measures=("vision", "decode"), against=(), rounds=1))
+    assert list(found.not_measured) == ["vision"] and "vlquant export-vision" in found.not_measured["vision"]
+    with pytest.raises(InvalidRequest, match="torch cannot be measured: .* no exported vision tower"):
+        bench(bundle, tmp_path, options=replace(SMALL, measures=("vision", "decode"), against=("torch",)))
+
+
+def test_a_peer_that_shares_no_measure_is_named(bundle, tmp_path, monkeypatch):
+    only_decode = replace(SMALL, measures=("decode",), rounds=1)
+    with pytest.raises(InvalidRequest, match="torch cannot be measured: of decode it measures none, only vision; leave it out"):
+        bench(bundle, tmp_path, options=replace(only_decode, against=("torch",)))
+    monkeypatch.setattr(bench_module, "choose_peers", lambda wanted, config: (["torch"], {}))
+    found = bench(bundle, tmp_path, options=replace(only_decode, against=None))
+    assert found.not_measured == {"torch": "of decode it measures none, only vision"}
+    assert {each.contestant for each in found.series} == {"vlquant"}
+
+
+@pytest.mark.parametrize("kernels", ["torch", *(["avx2"] if native_kernels() else [])])
+def test_other_kernels_of_ours_are_entrants_of_their_own(kernels, bundle, tmp_path):
+    found = bench(bundle, tmp_path, options=replace(SMALL, measures=("decode", "vision"), against=(), kernels=(kernels,), rounds=1))
+    entrant = f"vlquant, {kernels} kernels"
+    assert found.contestants[entrant]["decoder"] == {"torch": "torch", "avx2": "kernels for AVX2"}[kernels]
+    measures = {each.measure for each in found.series if each.contestant == entrant}
+    assert measures == {"decode after 16"} and found.ratio(found.find("decode after 16", entrant)) > 0  # Towers have none of them.
+
+
+def test_a_float_model_that_memory_has_no_room_for_is_left_out(monkeypatch):
+    config = read_config(demo_model())
+    find = importlib.util.find_spec
+    monkeypatch.setattr(contestants.importlib.util, "find_spec", lambda name: find("json") if name == "transformers" else find(name))
+    parameters = sum(math.prod(shape) for shape in tensor_shapes(config).values())
+    monkeypatch.setattr(contestants, "available_memory", lambda: 4 * parameters)
+    assert choose_peers(("transformers",), config) == (["transformers"], {})
+    monkeypatch.setattr(contestants, "available_memory", lambda: 4 * parameters - 1)
+    with pytest.raises(InvalidRequest, match="transformers cannot run this model: its weights in float32 take 0.0 GB, and 0.0 GB of memory are free"):
+        choose_peers(("transformers",), config)
+    assert "in float32" in choose_peers(None, config)[1]["transformers"]
+
+
+def test_what_peers_are_made_with_tells_their_models_apart(tmp_path):
+    settings = {"work": str(tmp_path), "shape": "abc"}
+    one = kept_model(settings, "a-peer", version="1", block_size="128")
+    assert one == kept_model(settings, "a-peer", block_size="128", version="1") and one.parent == tmp_path
+    others = [
+        kept_model(settings, "a-peer", version="2", block_size="128"), kept_model(settings, "a-peer", version="1", block_size="32"),
+        kept_model({**settings, "shape": "abd"}, "a-peer", version="1", block_size="128"),
+    ]  # fmt: skip
+    assert len({one, *others}) == 4 and all(each.name.startswith("a-peer-") for each in others)
+
+
+def test_a_busy_machine_is_warned_of(bundle, tmp_path):
+    heard = []
+    busy = replace(MACHINE, load_average=1.1)
+    options = replace(SMALL, measures=("decode",), against=(), rounds=1)
+    found = bench(bundle, tmp_path, options=options, machine=busy, report=heard.append)
+    assert any("load average being 1.1" in (event.message or "") for event in heard) and found.machine == busy
+    assert busy.is_busy and not MACHINE.is_busy and not replace(MACHINE, load_average=None).is_busy
+    assert "load average before: 1.1, so that this is worth little" in "".join(remarks(made_up(machine=busy)))
+
+
+def test_what_is_named_twice_is_measured_once():
+    options = BenchOptions(contexts=(16, 16, 32), prompts=(24, 24), kernels=("torch", "torch"))
+    assert (options.contexts, options.prompts, options.kernels) == ((16, 32), (24,), ("torch",))
 
 
 def test_an_unknown_shape_names_the_nearest(tmp_path):

@@ -8,24 +8,31 @@ import pytest
 from rich.console import Console
 
 from tests.made_up_machines import (
-    BOTH_PROVIDERS, CARDS, CUDA128, CUDA130, CUDA132, NO_GPU, NVRTC13, changed, pascal_set, todays_set,
+    BOTH_PROVIDERS, CARDS, CUDA128, CUDA130, CUDA132, NO_GPU, NVRTC12, NVRTC13, changed, pascal_set, todays_set,
 )  # fmt: skip
-from vlquant.doctor import NO, SLOW, YES, doctor
-from vlquant.doctor_rules import BROKEN, NOTE, UNUSED
+from vlquant.doctor import NO, YES, doctor
+from vlquant.doctor_rules import BROKEN, NOTE, SLOW, UNUSED
 from vlquant.doctor_table import print_diagnosis, to_json
 from vlquant.gpu_support import pinned_versions
+from vlquant.probes import Cpu, Place
 
 ROOT = Path(__file__).parents[1]
 CPU_LINE = "pip install -e '.[cpu]' -c vlquant/pins/cpu.txt"
 GPU_LINE = "pip install -e '.[gpu]' -c vlquant/pins/cpu.txt"
 PASCAL_LINE = "pip install -e '.[gpu]' -c vlquant/pins/pascal.txt"
-GPTQ, NF4, INT8, FP32, FP16, MARLIN, VISION_INT8 = (
-    "GPTQ 4 and 8 bit (own kernels)", "NF4 (bitsandbytes)", "LLM.int8 (bitsandbytes)", "vision fp32", "vision fp16", "Marlin (GPTQModel)", "vision int8",
+GPTQ, NF4, INT8, FP32, FP16, VISION_INT8 = (
+    "GPTQ 4 and 8 bit (own kernels)", "NF4 (bitsandbytes)", "int8 (own kernels)", "vision fp32", "vision fp16", "vision int8",
 )  # fmt: skip
+
+EVERYTHING_RUNS = {GPTQ: YES, NF4: YES, INT8: YES, FP32: YES, FP16: YES, VISION_INT8: NO}
 
 
 def runs(diagnosis, card=0):
     return {row.name: row.runs for row in diagnosis.cards[card].rows}
+
+
+def commands(diagnosis):
+    return [each.command for each in diagnosis.install]
 
 
 def found(diagnosis):
@@ -35,28 +42,36 @@ def found(diagnosis):
 def test_no_gpu_is_nothing_wrong():
     diagnosis = doctor(NO_GPU)
     assert (diagnosis.exit_code, diagnosis.findings, diagnosis.cards) == (0, (), ())
-    assert diagnosis.install == (CPU_LINE,)
+    assert commands(diagnosis) == [CPU_LINE]
     assert diagnosis.verdict == ("vlquant runs on the CPU", "no GPU that could be used was found, which is nothing wrong")
 
 
 @pytest.mark.parametrize("card", ["1080 Ti", "P40"])
 def test_a_pascal_card_with_its_own_set(card):
     diagnosis = doctor(pascal_set(card))
-    assert (diagnosis.exit_code, diagnosis.findings, diagnosis.install) == (0, (), (PASCAL_LINE,))
-    assert runs(diagnosis) == {GPTQ: YES, NF4: YES, INT8: NO, FP32: YES, FP16: YES, MARLIN: NO, VISION_INT8: NO}
-    assert next(row.why for row in diagnosis.cards[0].rows if row.name == INT8) == "needs 7.5; below, take GPTQ with --bits 8"
+    assert (diagnosis.exit_code, diagnosis.findings, commands(diagnosis)) == (0, (), [PASCAL_LINE])
+    assert runs(diagnosis) == EVERYTHING_RUNS
 
 
-@pytest.mark.parametrize(("card", "marlin"), [("T4", NO), ("3090", YES), ("H200", YES)])
-def test_later_cards_with_todays_wheels(card, marlin):
-    diagnosis = doctor(todays_set(card, versions={"gptqmodel": "7.3.6"}))
-    assert (diagnosis.exit_code, diagnosis.findings, diagnosis.install) == (0, (), (GPU_LINE,))
-    assert runs(diagnosis) == {GPTQ: YES, NF4: YES, INT8: YES, FP32: YES, FP16: YES, MARLIN: marlin, VISION_INT8: NO}
+@pytest.mark.parametrize("card", ["T4", "3090", "H200"])
+def test_later_cards_with_todays_wheels(card):
+    diagnosis = doctor(todays_set(card))
+    assert (diagnosis.exit_code, diagnosis.findings, commands(diagnosis)) == (0, (), [GPU_LINE])
+    assert runs(diagnosis) == EVERYTHING_RUNS
 
 
-def test_marlin_needs_gptqmodel():
-    [row] = [row for row in doctor(todays_set("H200")).cards[0].rows if row.name == MARLIN]
-    assert (row.runs, row.why) == (NO, "gptqmodel is not installed, or does not load")
+def test_packed_weights_need_our_kernels_and_nf4_needs_bitsandbytes():
+    """int8 is made with bitsandbytes, and multiplied by our kernels: cuda_linear.py lays it out for them."""
+    without = pascal_set("1080 Ti", bitsandbytes=None, problems={"bitsandbytes on cuda": "no kernel image"})
+    assert {name: runs(doctor(without))[name] for name in (GPTQ, INT8, NF4)} == {GPTQ: YES, INT8: YES, NF4: NO}
+    without = pascal_set("1080 Ti", nvrtc=())
+    assert {name: runs(doctor(without))[name] for name in (GPTQ, INT8, NF4)} == {GPTQ: NO, INT8: NO, NF4: YES}
+
+
+def test_a_row_says_what_carries_it_or_what_is_lacking():
+    rows = {row.name: row for row in doctor(pascal_set("P100")).cards[0].rows}
+    assert rows[INT8].why == "it begins at compute capability 6.1, and the card has 6.0"
+    assert (rows[NF4].runs, rows[NF4].why) == (YES, "bitsandbytes' kernels; made with it too, which any CPU can")
 
 
 def test_the_pascal_set_serves_later_cards_too():
@@ -110,13 +125,17 @@ BREAKAGES = {
         pascal_set("P40", nvrtc=NVRTC13), "NVRTC 13.0 cannot compile for Tesla P40", "pip uninstall -y torch && " + PASCAL_LINE,
         {GPTQ: NO, NF4: YES, FP32: YES},
     ),
+    "NVRTC 12.6 on a card that came after it": (
+        todays_set("5090", nvrtc=NVRTC12), "NVRTC 12.6 cannot compile for NVIDIA GeForce RTX 5090", "pip uninstall -y torch && " + GPU_LINE,
+        {GPTQ: NO, INT8: NO, NF4: YES, FP32: YES},
+    ),
     "a torch that does not compute": (
         todays_set("H200", problems={"torch on cuda": "AcceleratorError: CUDA error: out of memory"}), "torch 2.13.0 does not compute on the GPU",
         "pip uninstall -y torch && " + GPU_LINE, {GPTQ: NO, NF4: NO, FP32: NO},
     ),
     "a bitsandbytes that does not compute": (
         todays_set("T4", problems={"bitsandbytes on cuda": "no kernel image"}), "bitsandbytes 0.50.2 does not work on the GPU",
-        "pip uninstall -y bitsandbytes && " + GPU_LINE, {GPTQ: YES, NF4: NO, INT8: NO, FP32: YES},
+        "pip uninstall -y bitsandbytes && " + GPU_LINE, {GPTQ: YES, NF4: NO, INT8: YES, FP32: YES},
     ),
 }  # fmt: skip
 
@@ -154,13 +173,13 @@ def test_a_mismatch_of_cuda_is_named_beside_the_loaders_words():
 def test_a_card_older_than_every_set_stays_idle():
     diagnosis = doctor(pascal_set("970"))
     assert found(diagnosis) == [(UNUSED, "all")] and set(runs(diagnosis).values()) == {NO}
-    assert (diagnosis.install, diagnosis.exit_code) == ((CPU_LINE,), 0)
+    assert (commands(diagnosis), diagnosis.exit_code) == ([CPU_LINE], 0)
 
 
 def test_a_card_that_its_driver_dropped_is_found_on_the_bus():
     diagnosis = doctor(changed(NO_GPU, driver="590.44.01", unseen=(0x1B06,)))
     assert diagnosis.findings[0].sentence == "driver 590.44.01 no longer runs the NVIDIA card 1b06 (Pascal)"
-    assert (diagnosis.install, diagnosis.exit_code) == ((PASCAL_LINE,), 3)
+    assert (commands(diagnosis), diagnosis.exit_code) == ([PASCAL_LINE], 3)
     assert doctor(changed(NO_GPU, driver="590.44.01", unseen=(0x2204,))).findings[0].mend == "look into the system's log for what the driver says"
 
 
@@ -175,12 +194,70 @@ def test_two_cards_are_judged_each_by_itself_and_get_the_set_that_serves_both():
     diagnosis = doctor(machine)
     assert (runs(diagnosis, 0)[NF4], runs(diagnosis, 1)[NF4]) == (YES, NO)
     assert all(PASCAL_LINE in each.mend for each in diagnosis.findings)
-    assert diagnosis.install == (f"pip uninstall -y torch nvidia-cudnn-cu13 onnxruntime-gpu bitsandbytes && {PASCAL_LINE}",)
+    assert commands(diagnosis) == [f"pip uninstall -y torch nvidia-cudnn-cu13 onnxruntime-gpu bitsandbytes && {PASCAL_LINE}"]
+
+
+def test_cards_that_no_set_serves_together_get_a_way_each():
+    diagnosis = doctor(pascal_set("1080 Ti", gpus=(CARDS["1080 Ti"], CARDS["5090"], CARDS["P40"])))
+    mends = {each.part: each.mend for each in diagnosis.findings if each.card == CARDS["5090"].name}
+    assert mends["torch"] == "pip uninstall -y torch && " + GPU_LINE and mends["nvrtc"] == mends["torch"]
+    assert not [each for each in diagnosis.findings if each.card == CARDS["1080 Ti"].name]
+    assert [(each.cards, each.command.rpartition(" && ")[2]) for each in diagnosis.install] == [
+        ((CARDS["1080 Ti"].name, CARDS["P40"].name), PASCAL_LINE), ((CARDS["5090"].name,), GPU_LINE),
+    ]  # fmt: skip
+    assert "each way below excludes the others" in diagnosis.verdict[-1]
+    text = printed(pascal_set("1080 Ti", gpus=(CARDS["1080 Ti"], CARDS["5090"])), terminal=False)
+    assert "to install what fits NVIDIA GeForce RTX 5090: pip" in text
+
+
+def test_what_concerns_no_one_card_is_mended_for_each_that_needs_its_own():
+    machine = pascal_set("1080 Ti", gpus=(CARDS["1080 Ti"], CARDS["5090"]), problems={"onnxruntime": "SIGILL"})
+    [finding] = [each for each in doctor(machine).findings if each.sentence == "onnxruntime does not work"]
+    assert finding.mend == (
+        f"for {CARDS['1080 Ti'].name}: pip uninstall -y onnxruntime-gpu && {PASCAL_LINE}; "
+        f"or for {CARDS['5090'].name}: pip uninstall -y onnxruntime-gpu && {GPU_LINE}"
+    )
+
+
+def test_a_card_that_its_driver_dropped_is_told_beside_one_that_works():
+    diagnosis = doctor(todays_set("3090", driver="590.44.01", unseen=(0x1B06,)))
+    assert [each.sentence for each in diagnosis.findings] == ["driver 590.44.01 no longer runs the NVIDIA card 1b06 (Pascal)"]
+    assert diagnosis.exit_code == 3 and runs(diagnosis) == EVERYTHING_RUNS  # The other card has nothing to do with it.
+
+
+def test_a_card_that_is_kept_from_here_is_a_note():
+    diagnosis = doctor(todays_set("H200", unseen=(0x2335,)))
+    assert found(diagnosis) == [(NOTE, "driver")] and diagnosis.exit_code == 0 and runs(diagnosis) == EVERYTHING_RUNS
+
+
+@pytest.mark.parametrize("changes", [{"python": "3.14.2"}, {"system": "Windows AMD64"}])
+def test_a_set_that_has_no_wheels_for_this_python_or_system_is_not_advised(changes):
+    diagnosis = doctor(pascal_set("1080 Ti", torch=CUDA130, **changes))
+    told = {each.part: each for each in diagnosis.findings}
+    assert "pascal.txt is made of wheels for Linux x86_64 and Python 3.11 to 3.13" in told["pins"].why
+    assert told["torch"].mend is None and not any("pascal.txt" in each for each in commands(diagnosis))
+    assert doctor(pascal_set("1080 Ti", python="3.13.0")).findings == ()
+
+
+@pytest.mark.parametrize(("compiler", "mend"), [("gcc", "pip install --no-deps -e ."), (None, "install a C compiler (gcc or clang, with the headers of Python), then: pip install --no-deps -e .")])
+def test_kernels_that_were_not_compiled_are_told(compiler, mend):
+    diagnosis = doctor(changed(NO_GPU, cpu_kernels=None, compiler=compiler))
+    assert (found(diagnosis), diagnosis.exit_code) == ([(SLOW, "cpu kernels")], 0) and diagnosis.findings[0].mend == mend
+    assert doctor(changed(NO_GPU, cpu_kernels=None, cpu=Cpu("an old one", (), 2, None))).findings == ()
+    elsewhere = changed(NO_GPU, cpu_kernels=None, place=Place(None, "/somewhere/vlquant/pins"))
+    assert doctor(elsewhere).findings[0].mend == "install vlquant again from its sources"
+
+
+def test_lines_work_wherever_the_command_runs():
+    installed = pascal_set("P40", place=Place(None, "/some where/vlquant/pins"))
+    assert commands(doctor(installed)) == ["pip install 'vlquant[gpu]' -c '/some where/vlquant/pins/pascal.txt'"]
+    checkout = pascal_set("P40", place=Place("/src/vlquant", "/src/vlquant/vlquant/pins"))
+    assert commands(doctor(checkout)) == ["pip install -e '/src/vlquant[gpu]' -c /src/vlquant/vlquant/pins/pascal.txt"]
 
 
 def test_one_command_mends_everything_at_once():
     machine = pascal_set("1080 Ti", versions={"onnxruntime": "1.31.1", "torch": "2.15.0"}, torch=CUDA132)
-    assert doctor(machine).install == (f"pip uninstall -y onnxruntime onnxruntime-gpu torch nvidia-cudnn-cu12 bitsandbytes && {PASCAL_LINE}",)
+    assert commands(doctor(machine)) == [f"pip uninstall -y onnxruntime onnxruntime-gpu torch nvidia-cudnn-cu12 bitsandbytes && {PASCAL_LINE}"]
 
 
 def test_the_same_card_twice_is_told_once():
@@ -209,7 +286,7 @@ def test_without_onnx_runtime_vlquant_still_runs():
 
 def test_every_command_is_one_of_readme():
     machines = [NO_GPU, *(machine for machine, *_ in BREAKAGES.values())]
-    lines = {line.rpartition(" && ")[2] for machine in machines for line in doctor(machine).install}
+    lines = {line.rpartition(" && ")[2] for machine in machines for line in commands(doctor(machine))}
     readme = (ROOT / "README.md").read_text()
     assert lines == {CPU_LINE, GPU_LINE, PASCAL_LINE}
     assert CPU_LINE in readme and PASCAL_LINE in readme and "`'.[gpu]'` for ONNX Runtime on CUDA" in readme
@@ -238,5 +315,5 @@ def test_it_is_printed_whole_and_claims_no_measurement(terminal):
 def test_json_is_the_diagnosis():
     told = json.loads(to_json(doctor(pascal_set("P40", torch=CUDA130, ran=BOTH_PROVIDERS))))
     assert told["exit_code"] == 3 and told["findings"][0]["severity"] == BROKEN
-    assert told["cards"][0]["capability"] == [6, 1] and len(told["cards"][0]["rows"]) == 7
+    assert told["cards"][0]["capability"] == [6, 1] and len(told["cards"][0]["rows"]) == 6
     assert set(told) == {"facts", "findings", "cards", "verdict", "install", "exit_code"}

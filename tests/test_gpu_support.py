@@ -55,6 +55,14 @@ def test_the_pinned_sets_serve_the_cards_they_are_said_to():
     assert support.numbers(pascal["bitsandbytes"]) < support.HALF_PRECISION_BITSANDBYTES <= support.numbers(today["bitsandbytes"])
 
 
+def test_sets_say_for_which_systems_they_have_wheels():
+    cpu, pascal = support.SETS
+    assert pascal.installs("3.11.7", "Linux x86_64") and pascal.installs("3.13.1", "Linux x86_64")
+    assert not pascal.installs("3.14.0", "Linux x86_64") and not pascal.installs("3.11.7", "Linux aarch64")
+    assert cpu.installs("3.14.0", "Darwin arm64")
+    assert support.set_for([(6, 1)], None, [cpu]) is None
+
+
 def test_numbers_of_versions():
     assert support.numbers("2.7.1+cu126") == (2, 7, 1) and support.numbers("1.27.0rc1") == (1, 27, 0)
 

@@ -55,6 +55,7 @@ VERBS = {
     "vlquant.library_probes",
     "vlquant.probes",
     "vlquant.inspect",
+    "vlquant.memory",
     "vlquant.plan",
     "vlquant.plan_table",
     "vlquant.show_prompt",

@@ -67,7 +67,7 @@ def test_pins_are_exact_and_name_no_place(name):
 
 def test_the_tested_set_pins_every_direct_dependency():
     extras = PROJECT["project"]["optional-dependencies"]
-    direct = {requirement_name(line) for line in PROJECT["project"]["dependencies"] + extras["cpu"] + extras["test"]}
+    direct = {requirement_name(line) for line in PROJECT["project"]["dependencies"] + extras["cpu"] + extras["gpu"] + extras["test"]}
     assert direct - set(pinned("cpu.txt")) == set()
 
 

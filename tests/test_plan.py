@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -18,11 +19,12 @@ from vlquant.config import parse_config
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint
 from vlquant.layout import EMBEDDING, HEAD, language_shapes
 from vlquant.members import MEMBERS, member_config
-from vlquant.memory import FORMS, HALF, PLACES, TEXT_TOKENS, Form
+from vlquant.memory import FORMS, HALF, PLACES, TEXT_TOKENS, Form, running_place
 from vlquant.plan import GPU_BYTES, choose, from_json, largest, parse_bytes, plan, published_weights, stored_weights, to_json
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
 from vlquant.runtime import load
+from vlquant.runtime.native import NativeLinear, native_kernels
 from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.runtime.reader import position_limit
 from vlquant.synthesize import synthesize
@@ -44,8 +46,9 @@ def no_network(monkeypatch):
 def bundles(tmp_path_factory):
     """The demo model, rounded to 4 and 8 bits and by bitsandbytes."""
     folder = tmp_path_factory.mktemp("bundles")
-    recipes = [Recipe(method, bits) for method, bits in (("rtn", 4), ("rtn", 8), ("bnb", 4), ("bnb", 8))]
-    return {recipe.label: quantize(demo_model(), recipe=recipe, output=folder / recipe.label) for recipe in recipes}
+    made = {recipe.label: recipe for recipe in (Recipe(*each) for each in (("rtn", 3), ("rtn", 4), ("rtn", 8), ("bnb", 4), ("bnb", 8)))}
+    made["head of 16 bits"] = Recipe("rtn", 4, head_bits=16)
+    return {label: quantize(demo_model(), recipe=recipe, output=folder / label) for label, recipe in made.items()}
 
 
 def run(*arguments):
@@ -65,8 +68,6 @@ def test_every_method_is_planned_in_every_precision_of_the_device():
         pairs = [(choice.method, choice.vision) for choice in found.choices]
         assert pairs == [(method, vision) for method in ("float16", *FORMS) for vision in place.visions]
         assert all(choice.total == choice.memory.total and choice.fits == (choice.total <= GPU_BYTES) for choice in found.choices)
-        needing = {choice.method for choice in found.choices if choice.compute_capability == "7.5"}
-        assert needing == ({"int8"} if device == "cuda" else set())
 
 
 @settings(deadline=None, max_examples=30)
@@ -78,8 +79,9 @@ def test_every_method_is_planned_in_every_precision_of_the_device():
     tiles=some.integers(0, 12),
 )
 def test_what_is_told_to_fit_does_and_one_more_does_not(name, form, device, limit, tiles):
-    weights, place = published_weights(name), PLACES[device]
+    weights = published_weights(name)
     weights = replace(weights, linears=dict.fromkeys(weights.linears, form))
+    place = running_place(PLACES[device], weights)
 
     def choice(context, tiles):
         return choose(weights, place, limit, method="x", vision="fp32", size=(context, tiles))
@@ -146,11 +148,11 @@ def test_headers_that_contradict_the_configuration(tmp_path, monkeypatch):
 def test_a_bundle_is_planned_as_it_is(bundles):
     forms = {"rtn-4bit": "GPTQ-4", "rtn-8bit": "GPTQ-8", "bnb-4bit": "NF4", "bnb-8bit": "int8"}
     planned = {choice.method: choice.memory for choice in plan(demo_model()).choices}
-    for label, bundle in bundles.items():
-        found = plan(bundle)
+    for label, form in forms.items():
+        found = plan(bundles[label])
         assert {choice.method for choice in found.choices} == {label}
-        assert found.choices[-1].memory == planned[forms[label]]
-        assert [choice.compute_capability for choice in found.choices] == ["7.5" if label == "bnb-8bit" else None] * 2
+        assert found.choices[-1].memory == planned[form]
+    assert plan(bundles["rtn-3bit"]).choices[-1].memory == planned["GPTQ-4"]  # On a GPU three bits take the room of four.
 
 
 def test_each_linear_of_a_bundle_is_told_by_its_own_headers(tmp_path):
@@ -160,13 +162,39 @@ def test_each_linear_of_a_bundle_is_told_by_its_own_headers(tmp_path):
     assert set(weights.linears.values()) == {Form(4, 64, 2), Form(8, 64, 2)}
 
 
-@pytest.mark.parametrize("label", ["rtn-4bit", "rtn-8bit", "bnb-4bit", "bnb-8bit"])
+LABELS = ("rtn-3bit", "rtn-4bit", "rtn-8bit", "bnb-4bit", "bnb-8bit", "head of 16 bits")
+
+
+@pytest.mark.parametrize("label", LABELS)
 def test_the_running_decoder_holds_what_is_planned(bundles, label):
+    require_what_is_planned(bundles[label], compiled=native_kernels() is not None and label not in ("rtn-3bit", "bnb-4bit"))
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_without_kernels_it_holds_what_is_planned_too(bundles, label, torch_kernels):
+    require_what_is_planned(bundles[label], compiled=False)
+    [remark] = plan(bundles[label], device="cpu").remarks
+    assert "without compiled kernels" in remark and plan(bundles[label], device="cuda").remarks == ()
+
+
+@pytest.mark.parametrize("settings", [{"sym": False}, {"desc_act": True}])
+def test_what_other_programs_wrote_is_not_planned_for_the_kernels(bundles, settings, tmp_path, monkeypatch):
+    """Told by config.json alone: an offset for each group, or the place of each column, and torch's products."""
+    monkeypatch.setattr("vlquant.plan.native_kernels", lambda: "are here")
+    shutil.copytree(bundles["rtn-4bit"], tmp_path / "foreign")
+    path = tmp_path / "foreign" / "config.json"
+    config = json.loads(path.read_text())
+    config["quantization_config"] |= settings
+    path.write_text(json.dumps(config))
+    memory, ours = (plan(each, device="cpu").choices[0].memory for each in (tmp_path / "foreign", bundles["rtn-4bit"]))
+    assert memory.linears > ours.linears and memory.embedding > 0 and memory.work > ours.work
+
+
+def require_what_is_planned(bundle, *, compiled):
     """The tensors of our own runtime on a CPU, byte for byte; the forms of memory.py are adjusted with them."""
-    decoder = load(bundles[label], vision="torch").decoder
-    memory = plan(bundles[label], device="cpu", memory=10**9).choices[0].memory
-    compiled = isinstance(decoder, NativeDecoder)
-    assert compiled == (label != "bnb-4bit")
+    decoder = load(bundle, vision="torch").decoder
+    memory = plan(bundle, device="cpu", memory=10**9).choices[0].memory
+    assert isinstance(decoder, NativeDecoder) == compiled
     layers = decoder._layers if compiled else decoder.layers
     linears = [linear for layer in layers for linear in layer.linears.values()]
     tables = sum(linear.pairs.nbytes for linear in linears if hasattr(linear, "pairs"))  # NF4's 256 pairs of values
@@ -175,8 +203,9 @@ def test_the_running_decoder_holds_what_is_planned(bundles, label):
     assert held == memory.linears
     embedding = 0 if compiled else decoder.embedding.nbytes
     assert embedding == memory.embedding
-    head, row = tensor_bytes(decoder.head.matrix if compiled else decoder.head), memory.head // decoder.config.vocab_size
-    assert 0 <= head - memory.head < (16 * row if compiled else 1)  # Rows are filled up to sixteens.
+    rounded = isinstance(decoder.head, NativeLinear)
+    head, row = tensor_bytes(decoder.head.matrix if rounded else decoder.head), memory.head // decoder.config.vocab_size
+    assert 0 <= head - memory.head < (16 * row if rounded else 1)  # Rows are filled up to sixteens.
 
 
 def tensor_bytes(linear) -> int:
@@ -250,7 +279,12 @@ def test_the_command_prints_a_table_of_eighty_columns():
     assert max(map(len, lines)) <= 80
     row = next(line for line in lines if line.startswith("GPTQ-4  fp16"))
     assert row.split()[2] == "3.60" and "yes" in row
-    assert "7.5" in done.stdout and "published shapes" in done.stdout
+    assert "7.5" not in done.stdout and "published shapes" in done.stdout  # int8 runs by our own kernels, on a GTX 1080 Ti too.
+
+
+def test_a_narrow_terminal_loses_no_numbers():
+    wide, narrow = (CliRunner(env={"COLUMNS": width}).invoke(app, ["plan", "InternVL2_5-8B"]).stdout for width in ("80", "40"))
+    assert narrow == wide and "GPTQ-4" in narrow
 
 
 def test_the_largest_published_model_fits_the_table_too():

@@ -1,16 +1,19 @@
 """Looking at this machine: the real probes, and how libraries that break are told."""
 
-import ctypes
 import json
+import subprocess
 import sys
 import types
 from importlib import metadata
+from pathlib import Path
 
 import pytest
 
 from vlquant import library_probes, nvidia, probes
 from vlquant.doctor import doctor
+from vlquant.doctor_rules import BROKEN
 from vlquant.doctor_table import to_json
+from vlquant.runtime import nvrtc
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,9 @@ def test_this_machine_can_run_vlquant(machine):
     assert diagnosis.verdict[0] == "vlquant runs on the CPU"
     assert machine.versions["torch"] == metadata.version("torch") and machine.torch.cuda == torch.version.cuda
     assert "CPUExecutionProvider" in machine.ran and set(machine.ran) <= set(machine.providers)
-    assert machine.cpu.cores >= 1 and json.loads(to_json(diagnosis))["exit_code"] == diagnosis.exit_code
+    broken = {each.part for each in diagnosis.findings if each.severity == BROKEN}
+    assert not broken & {"torch", "cpu kernels", "nvrtc"} and machine.cpu.cores >= 1
+    assert json.loads(to_json(diagnosis))["exit_code"] == (3 if broken else 0)
 
 
 def test_every_probe_is_asked_only_where_it_makes_sense():
@@ -92,27 +97,62 @@ def test_cpu_kernels_are_optional():
     assert found is None or found["file"].startswith("_kernels")
 
 
-def test_nvrtc_of_a_wheel_is_found_and_asked(monkeypatch, tmp_path):
-    """With a library in its place that answers as NVRTC does."""
-    path = tmp_path / "nvidia" / "cuda_nvrtc" / "lib" / "libnvrtc.so.12"
-    path.parent.mkdir(parents=True)
-    path.touch()
+def test_nvrtc_is_asked_as_the_runtime_does(monkeypatch):
+    """With libraries in its place: the first cannot be opened, and the system finds one of the others twice."""
 
-    def version(major, minor):
-        major._obj.value, minor._obj.value = 12, 6
+    def answering(name, version, architectures):
+        def tell(major, minor):
+            major._obj.value, minor._obj.value = version
+            return 0
 
-    def count(number):
-        number._obj.value = 2
+        def count(number):
+            number._obj.value = len(architectures)
+            return 0
 
-    def architectures(array):
-        array[0], array[1] = 61, 90
+        def fill(array):
+            array[:] = architectures
+            return 0
 
-    answers = types.SimpleNamespace(nvrtcVersion=version, nvrtcGetNumSupportedArchs=count, nvrtcGetSupportedArchs=architectures)
-    opened = []
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: opened.append(name) or answers)
-    monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert library_probes.nvrtc() == {"library": "libnvrtc.so.12", "version": "12.6", "architectures": [61, 90]}
-    assert opened == [str(path)]
+        return types.SimpleNamespace(_name=name, nvrtcVersion=tell, nvrtcGetNumSupportedArchs=count, nvrtcGetSupportedArchs=fill)
+
+    there = {
+        "/wheel/libnvrtc.so.13": answering("/wheel/libnvrtc.so.13", (13, 0), [75, 90]),
+        "libnvrtc.so.13": answering("libnvrtc.so.13", (13, 0), [75, 90]),
+        "libnvrtc.so.12": answering("libnvrtc.so.12", (12, 6), [61, 90]),
+    }
+    monkeypatch.setattr(nvrtc, "nvrtc_paths", lambda: ["/broken/libnvrtc.so.12", *there])
+    monkeypatch.setattr(nvrtc, "_open", there.get)
+    assert library_probes.nvrtc() == [
+        {"library": "libnvrtc.so.13", "version": "13.0", "architectures": [75, 90]},
+        {"library": "libnvrtc.so.12", "version": "12.6", "architectures": [61, 90]},
+    ]
+
+
+def test_nvrtc_is_asked_where_torch_is_broken():
+    code = "import sys; sys.modules['torch'] = None\nfrom vlquant.library_probes import nvrtc\nprint(nvrtc())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and done.stdout.startswith("["), done.stderr
+
+
+def test_a_graph_that_onnx_runtime_cannot_open_is_told_in_its_own_words(monkeypatch):
+    """Not as advice to export a vision tower again, of a folder that is gone by then."""
+    import onnxruntime
+
+    def refuse(*_, **__):
+        raise RuntimeError("no kernel for MatMul")
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", refuse)
+    with pytest.raises(RuntimeError, match="^no kernel for MatMul$"):
+        library_probes.onnxruntime_on("cpu")
+
+
+def test_this_package_is_found_from_anywhere(tmp_path, monkeypatch):
+    root = Path(probes.__file__).parents[1]
+    monkeypatch.chdir(root)
+    assert probes.find_place() == probes.Place(".", "vlquant/pins")
+    monkeypatch.chdir(tmp_path)
+    place = probes.find_place()
+    assert place == probes.Place(str(root), str(root / "vlquant" / "pins")) and (Path(place.pins) / "pascal.txt").is_file()
 
 
 def test_cards_are_asked_of_the_driver(monkeypatch):
@@ -132,15 +172,21 @@ def test_cards_are_asked_of_the_driver(monkeypatch):
         place._obj.total = 11_720_000_000
         return 0
 
+    def pci(handle, place):
+        place._obj.device = 0x1B0610DE
+        return 0
+
     library = types.SimpleNamespace(
-        nvmlInit_v2=lambda: 0, nvmlShutdown=lambda: 0, nvmlDeviceGetMemoryInfo=memory,
+        nvmlDeviceGetPciInfo_v3=pci, nvmlInit_v2=lambda: 0, nvmlShutdown=lambda: 0, nvmlDeviceGetMemoryInfo=memory,
         nvmlSystemGetDriverVersion=lambda place, size: setattr(place, "value", b"580.159.03"),
         nvmlDeviceGetCount_v2=number(2), nvmlDeviceGetHandleByIndex_v2=lambda index, handle: 15 * index,
         nvmlDeviceGetName=lambda handle, place, size: setattr(place, "value", b"GTX 1080 Ti") or 0,
         nvmlDeviceGetCudaComputeCapability=number(6, 1),
     )  # fmt: skip
     monkeypatch.setattr(nvidia.ctypes, "CDLL", lambda name: library)
-    assert nvidia.find_driver() == ("580.159.03", (nvidia.Gpu("GTX 1080 Ti", (6, 1), 11_720_000_000),))
+    assert nvidia.find_driver() == ("580.159.03", (nvidia.Gpu("GTX 1080 Ti", (6, 1), 11_720_000_000, 0x1B06),))
+    del library.nvmlDeviceGetPciInfo_v3
+    assert nvidia.find_driver()[1][0].device is None
 
 
 def test_a_kernel_module_tells_its_version(tmp_path):
@@ -153,9 +199,12 @@ def test_a_kernel_module_tells_its_version(tmp_path):
 
 
 def test_cards_are_found_on_the_bus(tmp_path):
-    for name, vendor, device, kind in [("a", "0x10de", "0x1b06", "0x030000"), ("b", "0x10de", "0x10ef", "0x040300"), ("c", "0x8086", "0x1b06", "0x030000")]:
+    for name, vendor, device, kind in [("a", "0x10de", "0x1b06", "0x030000"), ("d", "0x10de", "0x1b06", "0x030000"), ("e", "0x10de", "0x2204", "0x030200"), ("b", "0x10de", "0x10ef", "0x040300"), ("c", "0x8086", "0x1b06", "0x030000")]:
         (tmp_path / name).mkdir()
         for file, value in (("vendor", vendor), ("device", device), ("class", kind)):
             (tmp_path / name / file).write_text(value + "\n")
-    assert nvidia.unseen_devices(tmp_path) == (0x1B06,)
-    assert nvidia.unseen_devices(tmp_path / "nothing") == ()
+    assert nvidia.unseen_devices(folder=tmp_path) == (0x1B06, 0x1B06, 0x2204)
+    assert nvidia.unseen_devices(folder=tmp_path / "nothing") == ()
+    cards = {device: nvidia.Gpu("a card", (6, 1), 1, device) for device in (0x1B06, 0x2204, None)}
+    assert nvidia.unseen_devices([cards[0x2204], cards[0x1B06]], tmp_path) == (0x1B06,)  # One of the two alike.
+    assert nvidia.unseen_devices([cards[0x2204], cards[None]], tmp_path) == ()

@@ -50,6 +50,17 @@ def test_a_tile_does_not_depend_on_its_neighbours(folder):
         torch.testing.assert_close(vision(pixels)[index], vision(pixels[index : index + 1])[0], atol=1e-6, rtol=1e-6)
 
 
+def test_it_takes_as_many_threads_as_torch(folder):
+    had = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            assert OnnxVision(folder)._session.get_session_options().intra_op_num_threads == threads
+    finally:
+        torch.set_num_threads(had)
+    assert OnnxVision(folder, threads=2)._session.get_session_options().intra_op_num_threads == 2
+
+
 @pytest.mark.parametrize(("tile_size", "count"), [(448, 1), (112, 16), (168, 7), (896, 1)])
 def test_memory_is_bounded_by_pixels(tile_size, count):
     assert tiles_per_run(tile_size) == count

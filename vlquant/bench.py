@@ -16,7 +16,7 @@ from vlquant.config import ModelConfig, read_config
 from vlquant.contestants import CONTESTANTS, ContestantProcess, choose_peers, settings_for
 from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.events import Event, Report, silent
-from vlquant.machine import this_machine
+from vlquant.machine import Machine, this_machine
 from vlquant.runtime.reader import position_limit
 from vlquant.vision_manifest import read_vision_manifest
 
@@ -77,24 +77,31 @@ class Rounds:
         return tuple(Series(title, unit, name, tuple(values)) for (title, unit, name), values in self.values.items())
 
 
-def bench(bundle: str | Path, work: Path, *, options: BenchOptions = BenchOptions(), report: Report = silent) -> BenchResult:
+def bench(
+    bundle: str | Path, work: Path, *, options: BenchOptions = BenchOptions(), machine: Machine | None = None, report: Report = silent
+) -> BenchResult:
     """Measure a bundle and its peers; every contestant is a process of its own, and one at a time computes.
 
-    work: an existing folder for what peers need; files of an earlier bench are used again. Raises InvalidRequest or
-    MissingDependency for what cannot be measured, BrokenCheckpoint if ours fails; a peer that fails is left out and named.
+    work: an existing folder for what peers need; files of an earlier bench are used again. machine: as it was before anything
+    was computed, None: now. Raises InvalidRequest or MissingDependency for what cannot be measured, BrokenCheckpoint if ours
+    fails; a peer that fails is left out and named.
     """
-    folder = require_bundle(bundle)
+    folder, machine = require_bundle(bundle), machine or this_machine(torch.get_num_threads())
     config = read_config(folder)
     require_room(config, options)
     tasks = tasks_for(folder, options)
-    if not tasks and "start" not in options.measures:
-        raise InvalidRequest(f"there is nothing to measure, {folder.name} having no exported vision tower; run vlquant export-vision {folder}")
+    possible = {each.measure for each in tasks} | {"start"} & set(options.measures)
+    if not possible:
+        raise InvalidRequest(f"there is nothing to measure, {without_tower(folder)}")
+    if machine.is_busy:
+        report(Event("bench", message=f"warning: somebody is computing here, the load average being {machine.load_average:.1f}"))
     peers, absent = choose_peers(options.against, config)
-    settings = settings_for(folder, work, config, torch.get_num_threads())
-    machine = this_machine(settings["threads"])
+    settings = settings_for(folder, work, config, machine.threads)
     rounds = Rounds()
     rounds.not_measured |= absent
-    peers = prepared([each for each in peers if CONTESTANTS[each].measures & set(options.measures)], settings, rounds, report)
+    if left_out := [each for each in options.measures if each not in possible]:
+        rounds.not_measured[", ".join(left_out)] = without_tower(folder)
+    peers = prepared(comparable(peers, folder, options, possible, rounds), settings, rounds, report)
     if "start" in options.measures:
         measure_starts(peers, settings, options, rounds, report)
     if tasks:
@@ -109,6 +116,26 @@ def bench(bundle: str | Path, work: Path, *, options: BenchOptions = BenchOption
         series=rounds.series(),
         not_measured=rounds.not_measured,
     )
+
+
+def comparable(peers: list[str], folder: Path, options: BenchOptions, possible: set[str], rounds: Rounds) -> list[str]:
+    """Those peers that can be measured in something; the others are named. Raises InvalidRequest for one that was asked for."""
+    reasons = {}
+    for name in peers:
+        measures = CONTESTANTS[name].measures
+        if not measures & set(options.measures):
+            reasons[name] = f"of {', '.join(options.measures)} it measures none, only {', '.join(sorted(measures))}"
+        elif not measures & possible:
+            reasons[name] = without_tower(folder)
+    for name, reason in reasons.items() if options.against else ():
+        raise InvalidRequest(f"{name} cannot be measured: {reason}; leave it out of --against")
+    rounds.not_measured |= reasons
+    return [each for each in peers if each not in reasons]
+
+
+def without_tower(folder: Path) -> str:
+    """Why no vision tower is measured."""
+    return f"{folder.name} having no exported vision tower; run vlquant export-vision {folder}"
 
 
 def require_bundle(named: str | Path) -> Path:

@@ -1,6 +1,10 @@
 """What `vlquant bench` measures, and its defaults."""
 
+import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from vlquant.errors import InvalidRequest
 
@@ -36,6 +40,8 @@ class BenchOptions:
     """Tokens decoded in each measurement."""
 
     def __post_init__(self) -> None:
+        for field in ("measures", "kernels", "prompts", "contexts"):  # What is named twice is measured once.
+            object.__setattr__(self, field, tuple(dict.fromkeys(getattr(self, field))))
         if not self.measures:
             raise InvalidRequest(f"there is nothing to measure; name some of {', '.join(MEASURES)}")
         for field, known in (("measures", MEASURES), ("kernels", KERNELS)):
@@ -52,6 +58,12 @@ class BenchOptions:
             "prefill": max(self.prompts), "decode": max(self.contexts) + self.tokens, "batch": self.contexts[0] + self.tokens,
         }  # fmt: skip
         return max((lengths.get(each, 1) for each in self.measures))
+
+
+def kept_model(settings: Mapping, peer: str, **made_with: object) -> Path:
+    """Folder of a peer's model: another one for every shape, version and setting that it is made with."""
+    known = json.dumps([settings["shape"], made_with], sort_keys=True)
+    return Path(settings["work"]) / f"{peer}-{hashlib.sha256(known.encode()).hexdigest()[:12]}"
 
 
 def row_lengths(context: int, batch: int) -> list[int]:

@@ -56,7 +56,7 @@ class BenchResult:
     """By name, what each says of itself: kernels, precision, instruction sets."""
     series: tuple[Series, ...]
     not_measured: dict[str, str]
-    """By name of a contestant, why not."""
+    """By name of a contestant or of measures, why not."""
 
     def find(self, measure: str, contestant: str) -> Series | None:
         """One contestant's values of a measure."""

@@ -1,5 +1,6 @@
 """The result of a bench on a terminal and as a picture."""
 
+import tempfile
 from pathlib import Path
 
 from rich.console import Console
@@ -53,6 +54,7 @@ def remarks(result: BenchResult) -> list[str]:
     """Who was not measured, what everybody is, where it was."""
     machine = result.machine
     load = "" if machine.load_average is None else f"; load average before: {machine.load_average:.1f}"
+    load += ", so that this is worth little" if machine.is_busy else ""
     return [
         *(f"not measured: {name}: {reason}" for name, reason in result.not_measured.items()),
         *(f"{name}: {words}" for name, facts in result.contestants.items() if (words := in_words(facts))),
@@ -72,10 +74,23 @@ def require_picture(path: Path) -> None:
         raise InvalidRequest(f"{path} is no name of a picture; let it end in {', '.join(PICTURES)}")
     if not path.absolute().parent.is_dir():
         raise InvalidRequest(f"{path} cannot be written, its folder is not there; make it first")
+    if path.is_dir():
+        raise InvalidRequest(f"{path} is a folder; name a file")
+    require_folder(path.absolute().parent)
+
+
+def require_folder(folder: Path) -> Path:
+    """The folder, made if it was not there; raises InvalidRequest unless files can be made in it."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        raise InvalidRequest(f"{folder} cannot be written to ({error.strerror or error}); name another place") from error
 
 
 def plot_bench(result: BenchResult, path: Path) -> None:
-    """Write a chart of each measure: bars to the medians, lines from first to third quartile."""
+    """Write a chart of each measure: bars to the medians, lines from first to third quartile. Raises InvalidRequest."""
     from matplotlib.figure import Figure
 
     measures = measures_of(result.series)
@@ -88,7 +103,10 @@ def plot_bench(result: BenchResult, path: Path) -> None:
     for place in axes[len(measures) :]:
         place.set_axis_off()
     figure.suptitle(f"{result.model} on {result.machine.processor}, {result.machine.threads} threads")
-    figure.savefig(path, dpi=150)
+    try:
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise InvalidRequest(f"{path} cannot be written ({error.strerror or error}); name another with --plot") from error
 
 
 def draw_measure(axes, series: list[Series]) -> None:

@@ -30,6 +30,7 @@ from vlquant.cli_options import (
     bundle_or_demo,
     given,
     question_of,
+    wide_console,
 )
 
 app = typer.Typer()
@@ -130,28 +131,29 @@ def bench_command(
         batch=batch, tokens=tokens,
     )  # fmt: skip
     bundle = bundle_or_demo(bundle) if shape is None else None
-    from rich.console import Console
+    import torch
 
     from vlquant.bench import bench
     from vlquant.bench_result import to_json
     from vlquant.bench_shape import bundle_of_shape
-    from vlquant.bench_table import plot_bench, print_bench, require_picture
+    from vlquant.bench_table import plot_bench, print_bench, require_folder, require_picture
+    from vlquant.machine import this_machine
     from vlquant.progress import drawn_progress, json_progress
 
     if plot is not None:
         require_picture(plot)
     with tempfile.TemporaryDirectory(prefix="vlquant-bench-") as made, json_progress() if as_json else drawn_progress() as report:
-        work = keep or Path(made)
-        work.mkdir(parents=True, exist_ok=True)
+        work = require_folder(keep or Path(made))
+        machine = this_machine(torch.get_num_threads())  # Before we keep it busy ourselves.
         if shape is not None:
             bundle = bundle_of_shape(shape, work, layers=layers, vision_layers=vision_layers, report=report)
-        result = bench(bundle, work, options=options, report=report)
-    if plot is not None:
-        plot_bench(result, plot)
+        result = bench(bundle, work, options=options, machine=machine, report=report)
     if as_json:
         typer.echo(to_json(result), nl=False)
     else:
-        print_bench(result, Console())
+        print_bench(result, wide_console())
+    if plot is not None:
+        plot_bench(result, plot)
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import typer
 
 from vlquant.recipe import Recipe
 
+TABLE_WIDTH = 80
 BUNDLE_DEFAULT = "Default: the bundle here or below, else the demo."
 
 ModelArgument = Annotated[
@@ -74,6 +75,15 @@ def output_option(default: str):
 def say(line: str) -> None:
     """Remarks go to standard error; standard output is for results."""
     typer.echo(line, err=True)
+
+
+def wide_console():
+    """Standard output for tables, whose numbers a narrower terminal would lose: it wraps the lines instead."""
+    from rich.console import Console
+
+    console = Console()
+    console.width = max(TABLE_WIDTH, console.width)
+    return console
 
 
 def model_or_demo(named: str | None) -> str | Path:

@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from vlquant.cli_options import bundle_or_demo_model, say
+from vlquant.cli_options import bundle_or_demo_model, say, wide_console
 
 NOTHING_FITS = 3  # Looked into, and the answer is no: as a failed check.
 
@@ -16,7 +16,7 @@ def plan_command(
     model: Annotated[
         str | None, typer.Argument(metavar="MODEL|BUNDLE", help="Folder, a name such as InternVL2_5-8B, or owner/name on the hub.")
     ] = None,
-    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it would run; it need not be here.")] = "cuda",
+    device: Annotated[str, typer.Option(metavar="cpu|cuda", help="Where it would run; a GPU need not be here.")] = "cuda",
     vram: Annotated[
         str | None,
         typer.Option("--vram", "--memory", metavar="SIZE", help="11GB, 10.5GiB, 11. Default: 11GB; on a cpu what is free here."),
@@ -27,8 +27,6 @@ def plan_command(
 ) -> None:
     """What fits into memory, by method and precision: exit code 0 something, 3 nothing. Downloads and loads no weights."""
     named = bundle_or_demo_model(model)
-    from rich.console import Console
-
     from vlquant.plan import parse_bytes, plan, to_json
     from vlquant.plan_table import print_plan
 
@@ -37,5 +35,5 @@ def plan_command(
     if as_json:
         typer.echo(to_json(found))
     else:
-        print_plan(found, Console())
+        print_plan(found, wide_console())
     raise typer.Exit(0 if found.fits else NOTHING_FITS)

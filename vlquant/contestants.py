@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import math
 import os
 import subprocess
 import sys
@@ -17,6 +18,8 @@ from vlquant.config import ModelConfig
 from vlquant.decoder import DecoderConfig
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, VlquantError
 from vlquant.hf_layout import inexpressible
+from vlquant.layout import Shapes, tensor_shapes
+from vlquant.machine import available_memory
 
 GGUF_BLOCK = 32
 """Columns of one block of Q4_0 and Q8_0."""
@@ -85,12 +88,20 @@ def refusal(name: str, config: ModelConfig) -> VlquantError | None:
 def unfit(name: str, config: ModelConfig) -> str | None:
     """What in a model's architecture a peer cannot run here."""
     if name == "transformers":
-        return inexpressible(config)
+        return inexpressible(config) or lack_of_memory(tensor_shapes(config))
     if name not in ("llama-cpp", "onnxruntime-genai"):
         return None
     if config.decoder.rope.long is not None:
         return WITHOUT_PHI3
     return uneven(config.decoder) if name == "llama-cpp" else None
+
+
+def lack_of_memory(shapes: Shapes) -> str | None:
+    """Whether tensors in float32 would drive others out of memory, or end the process."""
+    needed, free = 4 * sum(map(math.prod, shapes.values())), available_memory()
+    if free is None or needed <= free:
+        return None
+    return f"its weights in float32 take {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB of memory are free"
 
 
 def uneven(decoder: DecoderConfig) -> str | None:

@@ -18,7 +18,7 @@ def facts(probes: Probes) -> Iterator[tuple[str, str]]:
     yield "torch", torch_text(probes)
     yield "ONNX Runtime", onnxruntime_text(probes)
     yield "bitsandbytes", bitsandbytes_text(probes)
-    yield "NVRTC", f"{probes.nvrtc.version} ({probes.nvrtc.library})" if probes.nvrtc else "none"
+    yield "NVRTC", ", ".join(f"{each.version} ({each.library})" for each in probes.nvrtc) or "none"
     yield "C compiler", probes.compiler or "none"
     yield "CPU kernels", probes.cpu_kernels or "not compiled"
     yield "also installed", ", ".join(f"{name} {version}" for name, version in probes.versions.items() if name not in TOLD_ELSEWHERE)

@@ -31,8 +31,8 @@ def print_diagnosis(diagnosis: Diagnosis, console: Console) -> None:
     say(console, "")
     for line in diagnosis.verdict:
         say(console, line, "bold")
-    for line in diagnosis.install:
-        say(console, f"to install what fits: {line}")
+    for each in diagnosis.install:
+        say(console, f"to install what fits{' ' + ' and '.join(each.cards) if len(diagnosis.install) > 1 else ''}: {each.command}")
 
 
 def draw_tables(diagnosis: Diagnosis, console: Console) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
+from shlex import quote
 
 Capability = tuple[int, int]
 Version = tuple[int, ...]
@@ -56,19 +57,19 @@ class Ability:
 
     name: str
     lowest: Capability
-    why: str
-    """Why that capability, or what runs above it."""
+    carried_by: str
+    """What runs it."""
     needs: tuple[str, ...]
     """Parts that have to be sound, as findings name them."""
 
 
 ABILITIES = (
-    Ability("GPTQ 4 and 8 bit (own kernels)", (6, 1), "written for 6.1 and later, compiled by NVRTC", ("driver", "torch", "nvrtc")),
-    Ability("NF4 (bitsandbytes)", (6, 0), "code from 6.0 on", ("driver", "torch", "bitsandbytes")),
-    Ability("LLM.int8 (bitsandbytes)", (7, 5), "needs 7.5; below, take GPTQ with --bits 8", ("driver", "torch", "bitsandbytes")),
+    Ability("GPTQ 4 and 8 bit (own kernels)", (6, 1), "our kernels, compiled by NVRTC", ("driver", "torch", "nvrtc")),
+    # bitsandbytes' own products with int8 begin at 7.5. They are not used: its codes and row scales go to our kernels.
+    Ability("int8 (own kernels)", (6, 1), "our kernels, compiled by NVRTC; made with bitsandbytes, which any CPU can", ("driver", "torch", "nvrtc")),
+    Ability("NF4 (bitsandbytes)", (6, 0), "bitsandbytes' kernels; made with it too, which any CPU can", ("driver", "torch", "bitsandbytes")),
     Ability("vision fp32", (6, 0), "ONNX Runtime's CUDA provider", ("driver", "torch", "cudnn", "onnxruntime")),
     Ability("vision fp16", (6, 0), "half-size weights, sums in float32", ("driver", "torch", "cudnn", "onnxruntime")),
-    Ability("Marlin (GPTQModel)", (8, 0), "an optional kernel, for 8.0 and later", ("driver", "torch", "gptqmodel")),
 )
 CPU_ONLY = (("vision int8", "its operators are made for CPUs; on a GPU take fp32 or fp16"),)
 """What is not meant for a GPU, whichever it is."""
@@ -83,6 +84,15 @@ class PinnedSet:
     highest: Capability | None
     cuda: int
     """Major version of the CUDA its torch is built with."""
+    system: str | None = None
+    """The one that its wheels are for; None: any."""
+    pythons: tuple[Version, Version] | None = None
+    """The first and the last that its wheels are for; None: whatever vlquant takes."""
+
+    def installs(self, python: str, system: str) -> bool:
+        """Whether there are wheels for this version of Python ("3.11.7") and system ("Linux x86_64")."""
+        fits = self.pythons is None or self.pythons[0] <= numbers(python)[:2] <= self.pythons[1]
+        return fits and self.system in (None, system)
 
     def serves(self, capability: Capability, driver: Version | None) -> bool:
         """Whether its wheels have code for the card, and the driver is new enough for them; None: not known."""
@@ -90,19 +100,26 @@ class PinnedSet:
         return has_code and (driver is None or driver[0] >= DRIVER_FOR_CUDA[self.cuda])
 
 
-SETS = (PinnedSet("cpu.txt", (7, 5), None, 13), PinnedSet("pascal.txt", (6, 0), (9, 0), 12))
+SETS = (
+    PinnedSet("cpu.txt", (7, 5), None, 13),
+    PinnedSet("pascal.txt", (6, 0), (9, 0), 12, system="Linux x86_64", pythons=((3, 11), (3, 13))),
+)
 """The preferred first. A CPU takes the first."""
 
 
-def set_for(capabilities: Iterable[Capability], driver: Version | None) -> PinnedSet | None:
-    """The first set that serves all these cards with this driver; without cards the first; None if there is none."""
+def set_for(capabilities: Iterable[Capability], driver: Version | None, sets: Iterable[PinnedSet] = SETS) -> PinnedSet | None:
+    """The first of `sets` that serves all these cards with this driver; without cards the first; None if there is none."""
     cards = tuple(capabilities)
-    return next((each for each in SETS if all(each.serves(card, driver) for card in cards)), None)
+    return next((each for each in sets if all(each.serves(card, driver) for card in cards)), None)
 
 
-def install_line(pins: str, *, extra: str, remove: Iterable[str] = ()) -> str:
-    """The command of README that installs vlquant by one of the sets, after taking `remove` out."""
-    install = f"pip install -e '.[{extra}]' -c vlquant/pins/{pins}"
+def install_line(pins: str, *, extra: str, sources: str | None, remove: Iterable[str] = ()) -> str:
+    """The command that installs vlquant by the file `pins`, after taking `remove` out.
+
+    sources: the folder it is built from; None: what is installed stays, and gets what it needs.
+    """
+    what = f"vlquant[{extra}]" if sources is None else f"{sources}[{extra}]"
+    install = f"pip install {'' if sources is None else '-e '}{quote(what)} -c {quote(pins)}"
     away = " ".join(remove)
     return f"pip uninstall -y {away} && {install}" if away else install
 

@@ -3,7 +3,6 @@
 `python -m vlquant.library_probes NAME` is that process: one line of JSON, or one line on standard error.
 """
 
-import ctypes
 import importlib
 import json
 import os
@@ -11,8 +10,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-NVRTC_NAMES = ("libnvrtc.so.12", "libnvrtc.so.13", "libnvrtc.so.11.2")
-"""The oldest CUDA that we compile with comes first: 13 has no Pascal."""
 SIDE = 8
 """Of the matrices that are multiplied."""
 
@@ -53,6 +50,7 @@ def onnxruntime_on(device: str) -> dict:
     import torch
     from onnx import TensorProto, helper
 
+    from vlquant.errors import BrokenCheckpoint
     from vlquant.export.graph import IR_VERSION, OPSET
     from vlquant.runtime.vision_session import open_session
 
@@ -64,7 +62,10 @@ def onnxruntime_on(device: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "probe.onnx"
         onnx.save(model, path)
-        session = open_session(path, torch.device(device))
+        try:
+            session = open_session(path, torch.device(device))
+        except BrokenCheckpoint as error:  # Which advises to export a tower again.
+            raise error.__cause__ from None
         [result] = session.run(None, {"x": np.ones(shape, np.float32)})
     require_close(result.flatten().tolist(), SIDE + 1)
     return {"provider": session.get_providers()[0]}
@@ -86,26 +87,16 @@ def bitsandbytes_on(device: str) -> dict:
     return {"library": Path(library._name).name if library is not None else None}
 
 
-def nvrtc() -> dict | None:
-    """The library that compiles our CUDA kernels: its name, version, and the architectures it compiles for; None: there is none."""
-    wheels = sorted(path for entry in sys.path for path in Path(entry or ".").glob("nvidia/*/lib/libnvrtc.so.*"))
-    for name in (*map(str, wheels), *NVRTC_NAMES):
-        try:
-            library = ctypes.CDLL(name)
-        except OSError:
-            continue
-        return {"library": Path(name).name, **nvrtc_facts(library)}
-    return None
+def nvrtc() -> list[dict]:
+    """The libraries that compile our CUDA kernels, in the order in which they are tried: name, version, architectures."""
+    from vlquant.runtime.nvrtc import known_architectures, libraries, nvrtc_version
 
-
-def nvrtc_facts(library: ctypes.CDLL) -> dict:
-    """What a loaded NVRTC says of itself."""
-    major, minor, count = ctypes.c_int(), ctypes.c_int(), ctypes.c_int()
-    library.nvrtcVersion(ctypes.byref(major), ctypes.byref(minor))
-    library.nvrtcGetNumSupportedArchs(ctypes.byref(count))
-    architectures = (ctypes.c_int * count.value)()
-    library.nvrtcGetSupportedArchs(architectures)
-    return {"version": f"{major.value}.{minor.value}", "architectures": list(architectures)}
+    found = []
+    for library in libraries():
+        version = "{}.{}".format(*nvrtc_version(library))
+        each = {"library": Path(library._name).name, "version": version, "architectures": known_architectures(library)}
+        found += [] if each in found else [each]  # Which the system may find by another path.
+    return found
 
 
 def cpu_kernels() -> dict | None:

@@ -14,6 +14,9 @@ LIBRARIES = (
     "torch", "numpy", "onnxruntime", "transformers", "llama_cpp_python", "gguf", "onnxruntime-genai", "openvino",
 )  # fmt: skip
 
+BUSY = 0.5
+"""Load average of one core from which on a machine is not quiet."""
+
 
 @dataclass(frozen=True)
 class Machine:
@@ -23,14 +26,19 @@ class Machine:
     cores: int
     """That this process may use."""
     threads: int
-    """That every contestant was given."""
+    """That every contestant is given."""
     instructions: tuple[str, ...]
     """Of the processor."""
     system: str
     load_average: float | None
-    """Of the last minute before the first measurement: above 0.2 somebody else was computing."""
+    """Of the last minute before anything was made or measured."""
     libraries: dict[str, str]
     """Those that are installed; vlquant and Python among them."""
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether somebody else was computing: what is measured then is worth little."""
+        return self.load_average is not None and self.load_average > BUSY * self.cores
 
 
 def this_machine(threads: int) -> Machine:

@@ -8,8 +8,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from vlquant.config import ModelConfig
-from vlquant.decoder import LINEARS, DecoderConfig
+from vlquant.decoder import LINEARS, DecoderConfig, rope_depends_on_length
 from vlquant.layout import EMBEDDING, HEAD, Shapes, language_shapes, layer_shapes, projector_shapes, vision_shapes
+from vlquant.runtime.native import BLOCK
+from vlquant.runtime.native_decoder import CHUNK, HEAD_DIM_MULTIPLE
+from vlquant.runtime.prefill import TOKENS_AT_A_TIME
 from vlquant.vision import VisionConfig
 
 
@@ -23,11 +26,14 @@ class Form:
     """Consecutive weights of a row that share a scale; -1: the whole row; None: there are no scales."""
     group_bytes: int = 0
     """Scale of one group, with all that belongs to it."""
+    in_order: bool = True
+    """Whether a group's columns follow each other; otherwise the place of each is held too."""
 
     def matrix_bytes(self, rows: int, columns: int) -> int:
         """Bytes of a matrix [rows, columns]."""
         groups = 0 if self.group_size is None else 1 if self.group_size == -1 else math.ceil(columns / self.group_size)
-        return math.ceil(rows * columns * self.bits / 8) + rows * groups * self.group_bytes
+        order = 0 if self.in_order else 8 * columns
+        return math.ceil(rows * columns * self.bits / 8) + rows * groups * self.group_bytes + order
 
 
 HALF, SINGLE = Form(16), Form(32)
@@ -38,8 +44,10 @@ FORMS = {
     "int8": Form(8, -1, 4),
 }
 """What the linears of the language model become, by method, as `vlquant.runtime.linear` holds them."""
-INT8_CAPABILITY = "7.5"
-"""CUDA compute capability below which bitsandbytes refuses int8; a GTX 1080 Ti has 6.1."""
+SCALE, SCALE_AND_ZERO = 2, 6
+"""Bytes of a group of GPTQ: a half, and, where zeros are not all in the middle, an offset in float32."""
+ROUNDED_HEAD = Form(8, -1, 2)
+"""What `vlquant.runtime.native.round_rows` makes of a head."""
 
 VISION_FORMS = {"fp32": SINGLE, "fp16": HALF, "int8": Form(8, -1, 4)}
 """Matrices of the exported vision tower, by precision; what is no matrix is float32, or float16 in fp16."""
@@ -73,6 +81,16 @@ class Place:
     """None: in the precision of the checkpoint."""
     chunk: int | None = None
     """Tokens of a prompt that go through all layers together; None: all of them."""
+    chunk_of_any_rope: bool = False
+    """Whether also those whose rope depends on how long the prompt is."""
+    kept_states: int = 0
+    """Hidden states of the whole prompt that exist beside a chunk's: its embeddings, and what results are collected in."""
+    masks_chunks: bool = False
+    """Whether all chunks but the first attend through a mask, to keys and values that are widened for it."""
+    three_bits: int = 8
+    """Bits that a weight of three takes."""
+    row_scale: int = 4
+    """Bytes of the scale of one row of int8."""
 
 
 PLACES = {
@@ -84,15 +102,17 @@ PLACES = {
     # On paper, nothing of it measured: 0.8 GB is what context, cuBLAS, cuDNN and ONNX Runtime's arena are expected to take.
     # ONNX Runtime has no dynamic quantization on CUDA: an int8 tower would run on the CPU.
     "cuda": Place(
-        visions=("fp32", "fp16"), cache_value=2, activation_value=2, expanded_value=2, expanded_weights=None,
-        expands_head=False, keeps_freed=False, libraries=800_000_000, loading=0,
+        visions=("fp32", "fp16"), cache_value=2, activation_value=4, expanded_value=2, expanded_weights=None,
+        expands_head=False, keeps_freed=False, libraries=800_000_000, loading=0, chunk=TOKENS_AT_A_TIME["cuda"],
+        kept_states=2, masks_chunks=True, three_bits=4, row_scale=6,
     ),
 }  # fmt: skip
 
 COMPILED = replace(
-    PLACES["cpu"], expanded_value=0, expands_head=False, keeps_freed=False, embedding=Form(0), head=Form(8, -1, 2), chunk=256
-)
-"""A CPU whose compiled kernels know all linears: nothing is expanded, rows of the embedding are read from the file. Not measured yet."""
+    PLACES["cpu"], expanded_value=0, expands_head=False, keeps_freed=False, loading=0, embedding=Form(0), head=ROUNDED_HEAD,
+    chunk=CHUNK, chunk_of_any_rope=True, kept_states=4, row_scale=2,
+)  # fmt: skip
+"""A CPU whose compiled kernels know all linears: nothing is expanded, weights are mapped, rows of the embedding read from the file."""
 TEXT_TOKENS = 512
 """Left for system message, question and answer beside the tiles."""
 PIXEL_COPIES = 3
@@ -133,19 +153,23 @@ class Weights:
     """The form of every linear of the decoder, by the name of its weight."""
     embedding: Form = HALF
     head: Form = HALF
+    head_bits: int = 8
+    """In which a CPU's compiled kernels are to compute the head: 8, or 16 as it is stored."""
+    in_bundle: bool = True
+    """Whether what the compiled kernels read is kept in a file and mapped; of what others quantized it is made at every load."""
 
 
 def model_memory(weights: Weights, place: Place, *, vision: str, context: int, tiles: int) -> Memory:
     """Memory of a model that answers about `tiles` tiles in a conversation that fills `context` tokens.
 
-    vision: a key of VISION_FORMS.
+    place: as `running_place` has it; vision: a key of VISION_FORMS.
     """
-    config, place = weights.config, running_place(place, weights)
+    config = weights.config
     shapes = language_shapes(config.decoder)
     embedding, head = place.embedding or weights.embedding, place.head or weights.head
-    has_head = HEAD in shapes or place is COMPILED  # There a tied one is rounded, and held.
+    has_head = HEAD in shapes or place.embedding is not None or place.head is not None  # Such a tied one is held by itself.
     return Memory(
-        linears=linears_bytes(shapes, compiled_forms(weights.linears) if place is COMPILED else weights.linears),
+        linears=linears_bytes(shapes, {name: form_in(place, form) for name, form in weights.linears.items()}),
         embedding=embedding.matrix_bytes(*shapes[EMBEDDING]),
         head=head.matrix_bytes(*shapes[EMBEDDING]) if has_head else 0,
         vision=vision_bytes(config, vision),
@@ -155,15 +179,40 @@ def model_memory(weights: Weights, place: Place, *, vision: str, context: int, t
     )
 
 
-def running_place(place: Place, weights: Weights) -> Place:
-    """The same place, or its compiled kernels where they compute all linears: GPTQ's forms and int8 on a CPU."""
-    known = all(form.group_bytes == 2 or form == FORMS["int8"] for form in weights.linears.values())
-    return COMPILED if place is PLACES["cpu"] and known else place
+def running_place(place: Place, weights: Weights, *, kernels: bool = True) -> Place:
+    """What a place is for a model, as `vlquant.runtime.loading` decides it.
+
+    kernels: whether a CPU's compiled kernels are there. They take over the head of a quantized model, and all of it if they
+    know every linear.
+    """
+    forms = set(weights.linears.values())
+    packed = any(form.group_size is not None and form != FORMS["NF4"] for form in forms)
+    if place is not PLACES["cpu"] or not kernels or not packed:
+        return place
+    shapes = language_shapes(weights.config.decoder)
+    whole_blocks = all(shapes[name][1] % BLOCK == 0 for name in weights.linears)
+    knows_all = all(map(kernels_know, forms)) and whole_blocks and weights.config.decoder.head_dim % HEAD_DIM_MULTIPLE == 0
+    compiled = COMPILED if weights.in_bundle else replace(COMPILED, loading=place.loading)
+    if knows_all and weights.head_bits == 8:
+        return compiled
+    if knows_all:  # The head alone is expanded.
+        return replace(compiled, head=None, expands_head=True, expanded_value=place.expanded_value)
+    return replace(place, head=ROUNDED_HEAD, expands_head=False) if weights.head_bits == 8 else place
 
 
-def compiled_forms(linears: Mapping[str, Form]) -> dict[str, Form]:
-    """Forms as the kernels hold them: scales of int8 are halves too."""
-    return {name: replace(form, group_bytes=2) for name, form in linears.items()}
+def kernels_know(form: Form) -> bool:
+    """Whether the compiled kernels multiply with such a matrix: what `vlquant.runtime.native.pack_linear` takes."""
+    if form == FORMS["int8"]:
+        return True
+    whole_blocks = form.group_size is not None and (form.group_size == -1 or form.group_size % BLOCK == 0)
+    return form.bits in (4, 8) and form.group_bytes == SCALE and form.in_order and whole_blocks
+
+
+def form_in(place: Place, form: Form) -> Form:
+    """How a place holds what is stored in a form."""
+    if form == FORMS["int8"]:
+        return replace(form, group_bytes=place.row_scale)
+    return replace(form, bits=place.three_bits) if form.bits == 3 else form
 
 
 def linear_names(shapes: Shapes) -> Iterator[str]:
@@ -203,10 +252,23 @@ def work_bytes(config: ModelConfig, place: Place, *, context: int, tiles: int) -
     expanded = min(expanded, place.expanded_weights or expanded)
     pixels = PIXEL_COPIES * 4 * tiles * 3 * config.vision.image_size**2
     features = FEATURE_COPIES * 4 * tiles * config.chat.tokens_per_tile * decoder.hidden_size
-    at_once = min(context, place.chunk or context)
-    whole = 4 * decoder.hidden_size + 4 * decoder.head_dim if place.chunk else 0  # Embeddings, results and rotations of a prompt.
-    prefill = features + (at_once * prompt_values(decoder, place) + context * whole) * place.activation_value
-    return place.expanded_value * expanded + tower_bytes(config.vision, place) + max(pixels, prefill, place.loading)
+    prefill = features + prompt_bytes(decoder, place, context)
+    tower = tower_bytes(config.vision, place) if tiles else 0
+    return place.expanded_value * expanded + tower + max(pixels, prefill, place.loading)
+
+
+def prompt_bytes(config: DecoderConfig, place: Place, context: int) -> int:
+    """What a prompt of `context` tokens is computed with, all at once or chunk by chunk."""
+    in_chunks = place.chunk is not None and (place.chunk_of_any_rope or not rope_depends_on_length(config, context))
+    at_once = min(context, place.chunk) if in_chunks else context
+    total = at_once * prompt_values(config, place) * place.activation_value
+    if in_chunks:  # With rotations.
+        total += context * (place.kept_states * config.hidden_size + 4 * config.head_dim) * place.activation_value
+    if place.masks_chunks and at_once < context:
+        # Each query head of a group sees the keys through a mask of its own, as truth values and as numbers.
+        masks = (1 + place.activation_value) * at_once * (config.heads // config.key_value_heads)
+        total += context * (masks + 2 * config.key_value_heads * config.head_dim * place.activation_value)
+    return total
 
 
 def prompt_values(config: DecoderConfig, place: Place) -> int:

@@ -3,6 +3,8 @@
 import ctypes
 import re
 import sys
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +20,17 @@ class Gpu:
     capability: tuple[int, int]
     """Compute capability."""
     memory_bytes: int
+    device: int | None = None
+    """PCI device number; None: the driver does not tell."""
+
+
+class Pci(ctypes.Structure):
+    """nvmlPciInfo_t."""
+
+    _fields_ = [
+        ("old_bus_id", ctypes.c_char * 16), *((name, ctypes.c_uint) for name in ("domain", "bus", "slot", "device", "subsystem")),
+        ("bus_id", ctypes.c_char * 32),
+    ]  # fmt: skip
 
 
 class Memory(ctypes.Structure):
@@ -46,7 +59,7 @@ def find_driver() -> tuple[str | None, tuple[Gpu, ...]]:
 
 def gpu(library: ctypes.CDLL, index: int) -> Gpu | None:
     """One card as the driver describes it; None if it may not be asked."""
-    handle, text, memory = ctypes.c_void_p(), ctypes.create_string_buffer(TEXT_BYTES), Memory()
+    handle, text, memory, pci = ctypes.c_void_p(), ctypes.create_string_buffer(TEXT_BYTES), Memory(), Pci()
     major, minor = ctypes.c_int(), ctypes.c_int()
     failed = (
         library.nvmlDeviceGetHandleByIndex_v2(index, ctypes.byref(handle))
@@ -56,7 +69,10 @@ def gpu(library: ctypes.CDLL, index: int) -> Gpu | None:
     if failed:
         return None
     library.nvmlDeviceGetMemoryInfo(handle, ctypes.byref(memory))
-    return Gpu(text.value.decode(), (major.value, minor.value), memory.total)
+    ask_for_pci = getattr(library, "nvmlDeviceGetPciInfo_v3", None)  # Drivers of ten years ago have none.
+    told = ask_for_pci is not None and ask_for_pci(handle, ctypes.byref(pci)) == 0
+    # The vendor is in the lower half.
+    return Gpu(text.value.decode(), (major.value, minor.value), memory.total, pci.device >> 16 if told else None)
 
 
 def kernel_module_version(path: Path = Path("/proc/driver/nvidia/version")) -> str | None:
@@ -68,10 +84,14 @@ def kernel_module_version(path: Path = Path("/proc/driver/nvidia/version")) -> s
     return found and found[1]
 
 
-def unseen_devices(folder: Path = Path("/sys/bus/pci/devices")) -> tuple[int, ...]:
-    """PCI device numbers of NVIDIA's display cards in this machine, driver or not."""
+def unseen_devices(seen: Iterable[Gpu] = (), folder: Path = Path("/sys/bus/pci/devices")) -> tuple[int, ...]:
+    """PCI device numbers of NVIDIA's display cards in this machine, without those that its driver has `seen`."""
+    numbers = [card.device for card in seen]
+    if None in numbers:
+        return ()  # Which of them these are cannot be told.
     cards = [card for card in sorted(folder.glob("*")) if read(card / "vendor") == VENDOR]
-    return tuple(int(read(card / "device"), 16) for card in cards if read(card / "class").startswith(DISPLAY_CLASS))
+    found = Counter(int(read(card / "device"), 16) for card in cards if read(card / "class").startswith(DISPLAY_CLASS))
+    return tuple((found - Counter(numbers)).elements())
 
 
 def read(path: Path) -> str:

@@ -5,22 +5,25 @@ Imports nothing of ours that imports torch: its memory is measured.
 
 import ctypes
 import time
+from importlib import metadata
 from pathlib import Path
 
 import llama_cpp
 import numpy as np
 
-from vlquant.bench_options import row_lengths
+from vlquant.bench_options import kept_model, row_lengths
 from vlquant.errors import InvalidRequest
 
 MODEL = "model.gguf"
+PRECISION = "Q4_0, embedding and head Q8_0"
+"""As gguf_shape.py writes it."""
 BATCH, MICRO_BATCH = 2048, 512
 """Tokens of a call and of a graph: llama.cpp's defaults."""
 
 
 def place(settings: dict) -> Path:
     """Where the model of this shape is kept."""
-    return Path(settings["work"]) / f"llama-cpp-{settings['shape']}"
+    return kept_model(settings, "llama-cpp", version=metadata.version("gguf"), precision=PRECISION)
 
 
 def prepare(settings: dict) -> None:
@@ -58,7 +61,7 @@ class Contestant:
     def facts(self) -> dict:
         """What loading took, and what runs."""
         system = llama_cpp.llama_print_system_info().decode().strip()
-        return {"load_seconds": self.load_seconds, "precision": "Q4_0, embedding and head Q8_0", "system": system}
+        return {"load_seconds": self.load_seconds, "precision": PRECISION, "system": system}
 
     def text(self, tokens: int) -> float:
         """The first token after a prompt of `tokens`, its context made for it."""

@@ -11,7 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import onnxruntime_genai
 
+from vlquant.bench_options import kept_model
 from vlquant.errors import BrokenCheckpoint
 
 QUANTIZING = {"block_size": "128", "accuracy_level": "4", "algo_config": "rtn_last"}
@@ -21,7 +23,7 @@ SETTINGS = "genai_config.json"
 
 def place(settings: dict) -> Path:
     """Where the model of this shape is kept."""
-    return Path(settings["work"]) / f"onnxruntime-genai-{settings['shape']}"
+    return kept_model(settings, "onnxruntime-genai", version=onnxruntime_genai.__version__, **QUANTIZING)
 
 
 def prepare(settings: dict) -> dict:
@@ -34,8 +36,13 @@ def prepare(settings: dict) -> dict:
 
 def build_model(settings: dict) -> None:
     """Float weights by transformers, the rest by onnxruntime-genai's builder."""
+    from vlquant.config import read_config
+    from vlquant.contestants import lack_of_memory
+    from vlquant.layout import language_shapes
     from vlquant.publishing import publishing
 
+    if reason := lack_of_memory(language_shapes(read_config(settings["bundle"]).decoder)):
+        raise BrokenCheckpoint(f"onnxruntime-genai's model is built from a float one: {reason}; leave it out, or take a smaller model")
     options = [f"{name}={value}" for name, value in QUANTIZING.items()]
     with TemporaryDirectory(dir=settings["work"]) as scratch, publishing(place(settings)) as hidden:
         source = Path(scratch) / "float"
@@ -89,8 +96,6 @@ class Contestant:
     """Times are in seconds."""
 
     def __init__(self, settings: dict):
-        import onnxruntime_genai
-
         self.genai, self.threads = onnxruntime_genai, settings["threads"]
         self.vocab_size, self.random = settings["vocab_size"], np.random.default_rng(0)
         started = time.perf_counter()

@@ -2,12 +2,12 @@
 
 import json
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from vlquant.bundle import MANIFEST, read_manifest
-from vlquant.config import ModelConfig, parse_config
+from vlquant.config import ModelConfig, parse_config, quantization_settings
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, VlquantError
 from vlquant.events import Event, Report, silent
 from vlquant.hub_headers import fetch_headers
@@ -17,11 +17,12 @@ from vlquant.members import KNOWN_MODELS, MEMBERS, member_config
 from vlquant.memory import (
     FORMS,
     HALF,
-    INT8_CAPABILITY,
     PLACES,
     TEXT_TOKENS,
     Form,
     Memory,
+    SCALE,
+    SCALE_AND_ZERO,
     Place,
     Weights,
     cache_bytes,
@@ -32,6 +33,8 @@ from vlquant.memory import (
 )
 from vlquant.model import HUB_OWNER, Model, is_quantized, open_model, resolve_model
 from vlquant.recipe import Recipe
+from vlquant.runtime.native import native_kernels
+from vlquant.runtime.packed_weights import bits_of_head
 from vlquant.runtime.reader import position_limit
 
 RECIPES = {
@@ -41,6 +44,7 @@ RECIPES = {
 GPU_BYTES = 11 * 10**9
 """Of a GTX 1080 Ti, with 0.7 GB left to whatever draws the screen."""
 CONTEXT = 8192
+NO_KERNELS = "planned without compiled kernels: there are none here, or VLQUANT_KERNELS asks for torch; vlquant doctor says whether they are there"
 UNITS = {"": 10**9, "GB": 10**9, "G": 10**9, "GIB": 2**30, "MB": 10**6, "MIB": 2**20}
 
 
@@ -61,8 +65,6 @@ class Choice:
     """Tokens that fit with these tiles, as far as the model reads; None: not even the tiles and a question."""
     most_tiles: int | None
     """That fit in a context just large enough for them and a question; None: not even a question."""
-    compute_capability: str | None = None
-    """Of CUDA devices; those below refuse the method."""
 
 
 @dataclass(frozen=True)
@@ -100,20 +102,21 @@ def plan(
 ) -> Plan:
     """Memory of a model by method and vision precision, and the largest context and tile count that fit. Reads no weights.
 
-    model: folder, published name or hub id; a bundle is planned as it is. device: "cpu" or "cuda", which need not be here;
-    memory: bytes, None: of a GTX 1080 Ti, or what is free here. context, tiles: None for 8192 tokens and one whole picture,
-    or what the model can read. Raises VlquantError for what cannot be planned.
+    model: folder, published name or hub id; a bundle is planned as it is. device: "cpu", by the kernels that are here, or
+    "cuda", which need not be; memory: bytes, None: of a GTX 1080 Ti, or what is free here. context, tiles: None for 8192
+    tokens and one whole picture, or what the model can read. Raises VlquantError for what cannot be planned.
     """
     if device not in PLACES:
         raise InvalidRequest(f"device {device!r} is unknown; use {' or '.join(PLACES)}")
     weights, own, remarks = weights_of(model, report)
-    config, place, path = weights.config, PLACES[device], Path(model).expanduser()
+    config, path = weights.config, Path(model).expanduser()
+    kernels = device == "cpu" and native_kernels() is not None
     limit = memory or (GPU_BYTES if device == "cuda" else available_memory() or physical_memory())
     context, tiles = asked_size(config, context, tiles)
     methods = {own: weights} if own else dict(methods_of(weights))
     impossible = [] if own else [name for name in FORMS if name not in methods]
     groups = f"in groups of {Recipe.group_size} is not possible: widths of this model's linears are no multiples of that"
-    remarks += tuple(f"{name} {groups}" for name in impossible)
+    remarks += tuple(f"{name} {groups}" for name in impossible) + (() if kernels or device == "cuda" else (NO_KERNELS,))
     return Plan(
         model=path.resolve().name if path.is_dir() else str(model),
         device=device,
@@ -125,6 +128,7 @@ def plan(
         choices=tuple(
             choose(held, place, limit, method=method, vision=vision, size=(context, tiles))
             for method, held in methods.items()
+            for place in [running_place(PLACES[device], held, kernels=kernels)]
             for vision in place.visions
         ),
         remarks=remarks,
@@ -163,16 +167,19 @@ def stored_weights(folder: Path) -> tuple[Weights, str | None]:
     """The weights of a checkpoint or bundle as its headers tell, and what they are quantized with, None if they are not."""
     model = open_model(folder, whole=False)
     names = list(linear_names(language_shapes(model.config.decoder)))
-    linears = {name: quantized_form(model, name) if is_quantized(model, name) else float_form(model, name) for name in names}
+    settings = quantization_settings(folder)
+    linears = {name: quantized_form(model, name, settings) if is_quantized(model, name) else float_form(model, name) for name in names}
     head = EMBEDDING if model.config.decoder.tied_head else HEAD
     weights = Weights(model.config, linears, embedding=float_form(model, EMBEDDING), head=float_form(model, head))
     if (folder / MANIFEST).is_file():
-        return weights, Recipe.from_dict(read_manifest(folder).recipe).label
-    return weights, "as it is" if any(is_quantized(model, name) for name in names) else None
+        manifest = read_manifest(folder)
+        return replace(weights, head_bits=bits_of_head(manifest)), Recipe.from_dict(manifest.recipe).label
+    quantized = any(is_quantized(model, name) for name in names)
+    return replace(weights, in_bundle=not quantized), "as it is" if quantized else None
 
 
-def quantized_form(model: Model, name: str) -> Form:
-    """How the running model holds a linear that is stored quantized."""
+def quantized_form(model: Model, name: str, settings: Mapping) -> Form:
+    """How the running model holds a linear that is stored quantized; settings: what config.json says of it."""
     module = name.removesuffix(".weight")
     if model.has(f"{module}.weight.absmax"):
         return FORMS["NF4"]
@@ -180,7 +187,9 @@ def quantized_form(model: Model, name: str) -> Form:
         return FORMS["int8"]
     columns = language_shapes(model.config.decoder)[name][1]
     words, groups = (model.checkpoint.shape(model.stored_name(module + kind))[0] for kind in (".qweight", ".scales"))
-    return Form(32 * words // columns, columns // groups, FORMS["GPTQ-4"].group_bytes)
+    # A file that says nothing of the two is taken to be as most are.
+    group_bytes = SCALE if settings.get("sym", True) else SCALE_AND_ZERO
+    return Form(32 * words // columns, columns // groups, group_bytes, in_order=not settings.get("desc_act", False))
 
 
 def float_form(model: Model, name: str) -> Form:
@@ -224,14 +233,14 @@ def asked_size(config: ModelConfig, context: int | None, tiles: int | None) -> t
 
 
 def choose(weights: Weights, place: Place, limit: int, *, method: str, vision: str, size: tuple[int, int]) -> Choice:
-    """What one choice takes at `size` (context, tiles), and how far it reaches within `limit` bytes."""
+    """What one choice takes at `size` (context, tiles) in a place, and how far it reaches within `limit` bytes."""
     config, (context, tiles) = weights.config, size
     memory = model_memory(weights, place, vision=vision, context=context, tiles=tiles)
     left = limit - (memory.total - memory.cache - memory.work)
-    per_tile, most, own = config.chat.tokens_per_tile, position_limit(config.decoder), running_place(place, weights)
+    per_tile, most = config.chat.tokens_per_tile, position_limit(config.decoder)
 
     def fits(context: int, tiles: int) -> bool:
-        return cache_bytes(config.decoder, own, context) + work_bytes(config, own, context=context, tiles=tiles) <= left
+        return cache_bytes(config.decoder, place, context) + work_bytes(config, place, context=context, tiles=tiles) <= left
 
     return Choice(
         method=method,
@@ -241,7 +250,6 @@ def choose(weights: Weights, place: Place, limit: int, *, method: str, vision: s
         fits=fits(context, tiles),
         largest_context=largest(lambda tokens: fits(tokens, tiles), TEXT_TOKENS + tiles * per_tile, most),
         most_tiles=largest(lambda count: fits(TEXT_TOKENS + count * per_tile, count), 0, (most - TEXT_TOKENS) // per_tile),
-        compute_capability=INT8_CAPABILITY if place is PLACES["cuda"] and FORMS["int8"] in weights.linears.values() else None,
     )
 
 

@@ -25,7 +25,7 @@ def print_plan(found: Plan, console: Console) -> None:
     say(console, f"{found.model} on {found.device} in {found.limit / 1e9:.2f} GB: {found.context:,} tokens of context, {found.tiles} tiles in it")
     console.print(choices_table(found))
     say(console, LEGEND.format(base=BASES[found.device], tiles=found.tiles, tokens_per_tile=found.tokens_per_tile), style="dim")
-    for text in (*found.remarks, *needs(found)):
+    for text in found.remarks:
         say(console, text)
     if not found.fits:
         say(console, f"nothing fits; {way_out(found)}", style="bold red")
@@ -58,24 +58,13 @@ def choices_table(found: Plan) -> Table:
 
 
 def verdict(choice: Choice) -> str:
-    """Whether a choice fits, in colour; if on newer GPUs only, on which."""
-    if not choice.fits:
-        return "[red]no[/]"
-    return f"[yellow]{choice.compute_capability}+[/]" if choice.compute_capability else "[green]yes[/]"
+    """Whether a choice fits, in colour."""
+    return "[green]yes[/]" if choice.fits else "[red]no[/]"
 
 
 def gigabytes(count: int) -> str:
     """Bytes as GB in at most five characters."""
     return f"{count / 1e9:.2f}" if count < 99.995e9 else f"{count / 1e9:.1f}"
-
-
-def needs(found: Plan) -> list[str]:
-    """What some methods ask of the GPU."""
-    limits = {choice.method: choice.compute_capability for choice in found.choices if choice.compute_capability}
-    return [
-        f"{method}: bitsandbytes needs compute capability {least} for it, and a GTX 1080 Ti has 6.1; GPTQ with 8 bits needs none"
-        for method, least in limits.items()
-    ]
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

@@ -15,13 +15,15 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import metadata
+from importlib.resources import files
+from pathlib import Path
 
 from vlquant.machine import physical_memory, processor_and_flags, usable_cores
 from vlquant.nvidia import Gpu, find_driver, unseen_devices
 
 DISTRIBUTIONS = (
     "vlquant", "torch", "onnxruntime", "onnxruntime-gpu", "bitsandbytes", "nvidia-cudnn-cu12", "nvidia-cudnn-cu13", "numpy",
-    "onnx", "transformers", "gptqmodel",
+    "onnx", "transformers",
 )  # fmt: skip
 INSTRUCTIONS = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_vnni": "AVX512-VNNI", "avx_vnni": "AVX-VNNI", "avx512_bf16": "AVX512-BF16"}
 """Those that kernels on a CPU choose by, as Linux calls them."""
@@ -58,6 +60,15 @@ class Nvrtc:
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where vlquant itself is."""
+
+    sources: str | None = "."
+    """Folder that pip builds it from; None: it was installed without them."""
+    pins: str = "vlquant/pins"
+
+
+@dataclass(frozen=True)
 class Probes:
     """Everything about a machine that decides what vlquant can do there."""
 
@@ -70,7 +81,7 @@ class Probes:
     gpus: tuple[Gpu, ...] = ()
     """Cards the driver runs."""
     unseen: tuple[int, ...] = ()
-    """PCI device numbers of NVIDIA cards that it does not."""
+    """PCI device numbers of NVIDIA cards in this machine that it does not."""
     torch: TorchBuild | None = None
     providers: tuple[str, ...] = ()
     """What ONNX Runtime was built with."""
@@ -78,11 +89,13 @@ class Probes:
     """Providers that a graph really ran on."""
     bitsandbytes: str | None = None
     """The library it picked; None: it does without."""
-    nvrtc: Nvrtc | None = None
+    nvrtc: tuple[Nvrtc, ...] = ()
+    """In the order in which the runtime tries them."""
     compiler: str | None = None
     """The C compiler's command."""
     cpu_kernels: str | None = None
     """File of the compiled CPU kernels."""
+    place: Place = Place()
     problems: Mapping[str, str] = field(default_factory=dict)
     """Why a probe of `vlquant.library_probes` failed, by its name."""
 
@@ -92,7 +105,7 @@ def probe_machine() -> Probes:
     versions = installed_versions()
     driver, gpus = find_driver()
     answers, problems = ask_libraries(wanted_probes(versions, has_gpu=bool(gpus)))
-    torch, nvrtc = answers.get("torch"), answers.get("nvrtc")
+    torch = answers.get("torch")
     ran = [answers[name]["provider"] for name in ("onnxruntime on cuda", "onnxruntime on cpu") if name in answers]
     return Probes(
         python=platform.python_version(),
@@ -101,16 +114,30 @@ def probe_machine() -> Probes:
         versions=versions,
         driver=driver,
         gpus=gpus,
-        unseen=() if gpus else unseen_devices(),
+        unseen=unseen_devices(gpus),
         torch=torch and TorchBuild(torch["cuda"], tuple(torch["architectures"]), torch["cudnn"]),
         providers=tuple((answers.get("onnxruntime") or {}).get("providers", ())),
         ran=tuple(ran),
         bitsandbytes=(answers.get("bitsandbytes on cuda") or answers.get("bitsandbytes") or {}).get("library"),
-        nvrtc=nvrtc and Nvrtc(nvrtc["library"], nvrtc["version"], tuple(nvrtc["architectures"])),
+        nvrtc=tuple(Nvrtc(each["library"], each["version"], tuple(each["architectures"])) for each in answers.get("nvrtc") or ()),
         compiler=next((name for name in (os.environ.get("CC"), *COMPILERS) if name and shutil.which(name)), None),
         cpu_kernels=(answers.get("cpu kernels") or {}).get("file"),
+        place=find_place(),
         problems=problems,
     )
+
+
+def find_place() -> Place:
+    """The folders of this package, told from where the command runs if they are below."""
+    pins = Path(str(files("vlquant"))) / "pins"
+    sources = pins.parents[1] if (pins.parents[1] / "pyproject.toml").is_file() else None
+    return Place(None if sources is None else near(sources), near(pins))
+
+
+def near(folder: Path) -> str:
+    """A folder below this one by its relative path, any other by its whole one."""
+    here = Path.cwd()
+    return str(folder.relative_to(here) if folder.is_relative_to(here) else folder)
 
 
 def installed_versions() -> dict[str, str]:
