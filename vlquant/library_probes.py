@@ -3,7 +3,6 @@
 `python -m vlquant.library_probes NAME` is that process: one line of JSON, or one line on standard error.
 """
 
-import importlib
 import json
 import os
 import sys
