@@ -4,7 +4,6 @@
 """
 
 import ctypes
-import importlib
 import json
 import os
 import sys
