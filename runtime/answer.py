@@ -1,6 +1,5 @@
 """What comes back from a model: generated ids to text, at once or piece by piece. Runs no model."""
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,7 +95,7 @@ class PieceStream:
     """Cuts growing ids into text pieces whose concatenation is the whole answer."""
 
     def __init__(self, text: AnswerText):
-        self._text, self._sent = text, ""
+        self._text, self._sent = text, 0
 
     def more(self, ids: list[int]) -> str:
         """What became certain since the last call, possibly nothing."""
@@ -108,11 +107,9 @@ class PieceStream:
 
     def _advance(self, text: str) -> str:
         # A tokenizer may re-read a run of invalid bytes; what has been sent stays, and the rest follows it.
-        common = len(os.path.commonprefix((self._sent, text)))
-        if common < len(self._sent):
-            return ""
-        self._sent = text
-        return text[common:]
+        piece = text[self._sent :]
+        self._sent += len(piece)
+        return piece
 
 
 def _overlap(text: str, stop: str) -> int:

@@ -45,8 +45,8 @@ class DecodeAttention:
 
 
 def open_attention(config: DecoderConfig, device: torch.device, dtype: torch.dtype) -> DecodeAttention | None:
-    """The attention of a decoder with a cache of `dtype`; None where heads have no multiple of 8 features."""
-    if config.head_dim % SLICE:
+    """The attention of a decoder with a cache of `dtype`; None where heads have no multiple of 8 features, or above 256."""
+    if config.head_dim % SLICE or config.head_dim > WARP * SLICE:  # One warp reads a key.
         return None
     return DecodeAttention(kernels_of(device, ATTENTION_FILES, attention_defines(config, dtype)), card_of(device))
 

@@ -76,7 +76,11 @@ def card_of(device: torch.device) -> Card:
 @functools.cache
 def kernels_of(device: torch.device, files: tuple[str, ...], defines: tuple[str, ...] = ()) -> Kernels:
     """Files of `cuda_kernels` as one module on a GPU, compiled for it if need be. Raises MissingDependency."""
-    return DriverKernels(compile_cubin(kernel_source(files), card_of(device).capability, defines=defines), device)
+    source, capability = kernel_source(files), card_of(device).capability
+    try:
+        return DriverKernels(compile_cubin(source, capability, defines=defines), device)
+    except RuntimeError:  # What was kept may be damaged; what is compiled now is not.
+        return DriverKernels(compile_cubin(source, capability, defines=defines, anew=True), device)
 
 
 def kernel_source(files: Sequence[str]) -> str:

@@ -66,7 +66,12 @@ def lay_out_gptq(tensors: dict[str, Tensor], *, gptq_version: int = 1) -> Kernel
 
 
 def lay_out_int8(codes: Tensor, row_maxima: Tensor) -> KernelWeight:
-    """LLM.int8's signed codes [out, in] with the largest absolute value of each row."""
+    """LLM.int8's signed codes [out, in] with the largest absolute value of each row.
+
+    Raises UnsupportedCheckpoint unless columns are whole chunks: the kernels would leave out the rest.
+    """
+    if codes.shape[1] % CHUNK:
+        raise UnsupportedCheckpoint(f"int8 weights of {codes.shape[1]} columns have no CUDA kernel; use --device cpu")
     # 2**-7 is exact, and keeps a product with inputs up to 1 within float16.
     scales = torch.full((len(codes), 1), 2.0**-7, dtype=torch.float16, device=codes.device)
     stored = (codes.to(torch.int16) + 128).to(torch.uint8).contiguous().view(torch.int32)

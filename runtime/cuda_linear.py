@@ -114,7 +114,8 @@ class CudaLinear:
 def with_int8_activations(linear: Linear) -> Linear:
     """The same linear with activations rounded to 8 bits for few tokens, if its weight is packed in 4 or 8.
 
-    Not exact, so nothing does this unasked. Raises InvalidRequest on a card without dp4a.
+    Not exact: no command and no setting does this, only tests/test_gpu.py and tests/measure_gpu.py, and whoever wraps the
+    linears of a decoder himself; tests/test_int8_activations.py says what it costs. Raises InvalidRequest on a card without dp4a.
     """
     if not isinstance(linear, CudaLinear) or linear.weight.scales is None or linear.weight.in_features % INPUT_BLOCK:
         return linear

@@ -70,12 +70,12 @@ class DecodeStep:
     """Maps the ids of one step, int64 [batch], to logits float32 [batch, vocab] after them.
 
     The cache holds `prefilled` positions when the first step begins; attention_mask: bool [batch, prefilled], False where a
-    row is padded on the left. The cache's own length stays behind. Returned logits are overwritten by the next step.
+    row is padded on the left. Returned logits are overwritten by the next step.
     """
 
     def __init__(self, decoder: Decoder, cache: KeyValueCache, attention_mask: Tensor, *, attention: Attention) -> None:
         device = attention_mask.device
-        self._decoder = decoder
+        self._decoder, self._cache = decoder, cache
         self._place = Place(
             first=(~attention_mask.bool()).sum(dim=1).to(torch.int32),
             stored=torch.tensor([cache.length], dtype=torch.int32, device=device),
@@ -95,6 +95,8 @@ class DecodeStep:
         else:
             self._logits = self.run()
         self._steps += 1
+        for layer in self._cache.layers:
+            layer.length += 1
         return self._logits
 
     def run(self) -> Tensor:

@@ -120,12 +120,12 @@ class Decoding:
             yield ids
             if not unfinished or seen == capacity:
                 return
+            embeddings = self._decoder.embed(ids[:, None]).float()
             if on_device is not None:
                 logits = on_device(ids)
             else:
-                embeddings = self._decoder.embed(ids[:, None]).float()
                 logits = self._decoder(embeddings, attention_mask=mask[:, :seen], cache=cache)[:, -1]
-                opened.rows.append(embeddings[0])
+            opened.rows.append(embeddings[0])
 
     def _ended(self, ids: list[int]) -> bool:
         return ids[-1] == self._ending.stop_id or self._ending.reached(ids)

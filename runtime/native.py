@@ -26,6 +26,8 @@ PANEL = 16
 """Rows of a matrix whose codes lie side by side."""
 BLOCK = 32
 """Columns whose codes lie together."""
+ROWS_AT_ONCE = 4096
+"""Of a head, while it is rounded: all of them in float32 are the largest thing that a first load would hold."""
 INSTRUCTIONS = {1: "AVX2", 2: "AVX-512 VNNI"}
 CHOICES = {"avx2": 1, "vnni": 2}
 """What VLQUANT_KERNELS may ask for, beside torch."""
@@ -144,12 +146,15 @@ def packed_matrix(codes: Tensor, scales: Tensor, bias: Tensor | None, *, bits: i
 
 def round_rows(weight: Tensor) -> PackedMatrix | None:
     """A float weight [rows, columns] in 8 bits with one scale per row: the head at run time."""
-    wide = weight.float()
-    scales = wide.abs().amax(1) / 126.9  # A half may round down by a 2048th: nothing is cut off for it.
+    # A half may round down by a 2048th: nothing is cut off for it.
+    scales = torch.cat([rows.float().abs().amax(1) for rows in weight.split(ROWS_AT_ONCE)]) / 126.9
     factor = factor_of(scales)
     scales = (scales / factor).to(torch.float16).float() * factor
-    codes = (wide / torch.where(scales == 0, 1, scales)[:, None]).round().clamp(-127, 127) + 128
-    return packed_matrix(codes.to(torch.uint8), scales[None], None, bits=8)
+    codes, divisors = torch.empty(weight.shape, dtype=torch.uint8), torch.where(scales == 0, 1, scales)[:, None]
+    for parts in zip(codes.split(ROWS_AT_ONCE), weight.split(ROWS_AT_ONCE), divisors.split(ROWS_AT_ONCE), strict=True):
+        own, rows, steps = parts
+        own.copy_((rows.float() / steps).round().clamp(-127, 127) + 128)
+    return packed_matrix(codes, scales[None], None, bits=8)
 
 
 class NativeLinear:

@@ -28,10 +28,10 @@ class Program(NamedTuple):
     """The compiler's remarks."""
 
 
-def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence[str] = ()) -> bytes:
+def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence[str] = (), anew: bool = False) -> bytes:
     """Machine code of `source` for exactly one compute capability, from the cache if it was compiled before.
 
-    defines: as in "HEAD_DIM=128". Raises MissingDependency without an NVRTC that knows the card.
+    defines: as in "HEAD_DIM=128"; anew: whatever the cache holds is not to be trusted. Raises MissingDependency without an NVRTC that knows the card.
     """
     # Not above: `vlquant doctor` asks this module of machines where torch, which these import, does not load.
     from vlquant.kept_answers import cache_folder
@@ -41,7 +41,7 @@ def compile_cubin(source: str, capability: tuple[int, int], *, defines: Sequence
     options = ["--gpu-architecture=sm_{}{}".format(*capability), "--std=c++14", *(f"--define-macro={each}" for each in defines)]
     known = "\0".join((source, *options, *map(str, nvrtc_version(library))))
     kept = cache_folder() / "kernels" / f"{hashlib.sha256(known.encode()).hexdigest()[:32]}.cubin"
-    if kept.is_file():
+    if kept.is_file() and not anew:
         return kept.read_bytes()
     cubin = compile_program(library, source, options).cubin
     try:

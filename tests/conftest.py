@@ -91,13 +91,21 @@ def golden_cases() -> tuple[GoldenCase, ...]:
     return tuple(GoldenCase(folder) for folder in folders.values())
 
 
+def decided(call: dict) -> bool:
+    """Whether a call is about pictures, and the original knew its answer: the smallest margin in tests/golden is 0.0017."""
+    return bool(call["images"]) and call["min_margin"] > 1e-4
+
+
 def pytest_generate_tests(metafunc):
-    """`case` runs over all golden checkpoints, `case, conversation` over all calls recorded with them."""
+    """`case` runs over all golden checkpoints, `case, conversation` over all calls recorded with them.
+
+    `case, pictured` runs over those about pictures whose answer rounding cannot decide.
+    """
     names = set(metafunc.fixturenames)
-    if {"case", "conversation"} <= names:
-        pairs = [(case, conversation) for case in golden_cases() for conversation in case.conversations]
-        identifiers = [f"{case.folder.name}-{conversation['key']}" for case, conversation in pairs]
-        metafunc.parametrize(("case", "conversation"), pairs, ids=identifiers)
+    kind = next((kind for kind in ("conversation", "pictured") if {"case", kind} <= names), None)
+    if kind:
+        pairs = [(case, call) for case in golden_cases() for call in case.conversations if kind == "conversation" or decided(call)]
+        metafunc.parametrize(("case", kind), pairs, ids=[f"{case.folder.name}-{call['key']}" for case, call in pairs])
     elif "case" in names:
         metafunc.parametrize("case", golden_cases(), ids=lambda case: case.folder.name)
     if "golden_root" in names:

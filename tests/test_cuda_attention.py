@@ -5,7 +5,8 @@ import torch
 
 from vlquant.decoder import DecoderConfig, Rope, attend
 from vlquant.members import MEMBERS
-from vlquant.runtime.cuda_attention import ATTENTION_FILES, DecodeAttention, attention_defines, splits_of
+from vlquant.runtime import cuda_attention
+from vlquant.runtime.cuda_attention import ATTENTION_FILES, DecodeAttention, attention_defines, open_attention, splits_of
 from vlquant.runtime.decode_step import attend_stored
 
 from tests.kernels_on_cpu import CARD, cpu_kernels, needs_compiler
@@ -54,6 +55,18 @@ def test_heads_of_every_member(group, head_dim):
     given = inputs(config, torch.float16)
     found = compiled(config, torch.float16)(*given, on_device([0, 13]), on_device([41]))
     torch.testing.assert_close(found, expected(*given, [0, 13], 41), atol=2e-6, rtol=1e-5)
+
+
+@needs_compiler
+def test_the_widest_head(monkeypatch):
+    monkeypatch.setattr(cuda_attention, "kernels_of", lambda device, files, defines: cpu_kernels(files, defines))
+    monkeypatch.setattr(cuda_attention, "card_of", lambda device: CARD)
+    widest = shape(1, 256)
+    given = inputs(widest, torch.float32)
+    found = open_attention(widest, torch.device("cpu"), torch.float32)(*given, on_device([0, 13]), on_device([41]))
+    torch.testing.assert_close(found, expected(*given, [0, 13], 41), atol=2e-6, rtol=1e-5)
+    for head_dim in (264, 320, 60):  # Wider than a warp, or no whole slices: torch's attention.
+        assert open_attention(shape(1, head_dim), torch.device("cpu"), torch.float32) is None
 
 
 @needs_compiler

@@ -97,8 +97,7 @@ class RecordingDriver:
 
     def cuModuleLoadData(self, module, image):
         module._obj.value = 11
-        assert image == b"machine code"
-        return 0
+        return 0 if image == b"machine code" else 200
 
     def cuModuleGetFunction(self, function, module, name):
         assert module.value == 11
@@ -126,8 +125,10 @@ def driver(monkeypatch):
     @contextmanager
     def device(place):
         current.append(place)
-        yield
-        current.pop()
+        try:
+            yield
+        finally:
+            current.pop()
 
     def current_stream():
         assert current == [SECOND]
@@ -145,6 +146,23 @@ def test_a_launch_goes_to_torchs_stream_of_its_device(driver):
     kernels.launch("other", (1, 1, 1), (32, 1, 1), None, 8)
     assert driver.looked_up == [b"gemv_4bit_1", b"other"]
     assert driver.launches == [(101, 7, 2, 1, 32, 4, 1, 0, 42, 9, None)] * 2 + [(102, 1, 1, 1, 32, 1, 1, 0, 42, 8, None)]
+
+
+def test_machine_code_that_does_not_load_is_compiled_once_more(driver, monkeypatch):
+    asked = []
+
+    def compiled(source, capability, *, defines, anew=False):
+        asked.append(anew)
+        return b"machine code" if anew and repairable else b"machine"
+
+    monkeypatch.setattr(cuda_driver, "compile_cubin", compiled)
+    monkeypatch.setattr(cuda_driver, "card_of", lambda device: Card((6, 1), 28))
+    repairable = True
+    cuda_driver.kernels_of(SECOND, ("numbers",), ("ONCE=1",)).launch("any", (1, 1, 1), (1, 1, 1), None, 1)
+    assert asked == [False, True] and len(driver.launches) == 1
+    repairable = False
+    with pytest.raises(RuntimeError, match="CUDA driver"):
+        cuda_driver.kernels_of(SECOND, ("numbers",), ("NEVER=1",))
 
 
 def test_a_launch_that_fails_is_told(driver):

@@ -138,6 +138,20 @@ def test_rounded_activations_equal_the_twin(form):
     assert_near(linear(x), x.double() @ form.weight().T, 2e-2)
 
 
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+def test_rounded_activations_that_are_no_numbers_stay_visible(number):
+    form = GptqForm(4, 64)
+    x = inputs(384, 2)
+    x[0, 40] = number
+    found = linear_of(form.tensors(), int8_kernels=cpu_kernels(INT8_FILES))(x)
+    assert found[0].isnan().all() and found[1].isfinite().all()
+
+
+def test_int8_columns_without_a_kernel_are_refused():
+    with pytest.raises(UnsupportedCheckpoint, match="int8 weights of 12 columns have no CUDA kernel; use --device cpu"):
+        linear_of(quantize_int8(inputs(12, 8)))
+
+
 def test_the_order_of_threads_does_not_matter():
     """A missing barrier would show."""
     form, x = GptqForm(4, 128, (32, 4096)), inputs(4096, 2)

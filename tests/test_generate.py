@@ -10,6 +10,7 @@ from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, KeyValueCache, 
 from vlquant.errors import InvalidRequest
 from vlquant.runtime.answer import AnswerText, PieceStream
 from vlquant.runtime.conversation_cache import ConversationCache
+from vlquant.runtime.decode_step import DecodeStep, attend_stored
 from vlquant.runtime.generate import Decoding, Ending, Generation, shape_logits
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
 
@@ -234,6 +235,12 @@ def test_pieces_arrive_while_the_answer_grows():
     assert sum(map(bool, pieces)) > 10
 
 
+def test_pieces_go_on_behind_text_that_was_read_anew():
+    readings = {1: "ab", 2: "abc", 3: "aX", 4: "aXc and more"}
+    stream = PieceStream(AnswerText(lambda ids: readings[len(ids)]))
+    assert [stream.more([0] * n) for n in (1, 2, 3)] + [stream.rest([0] * 4)] == ["ab", "c", "", " and more"]
+
+
 def said_with(decoder, memory, embeddings, *, count=6):
     """Ids of an answer, and how much of its prompt was known."""
     mask = torch.ones(1, len(embeddings), dtype=torch.bool)
@@ -255,6 +262,21 @@ def test_a_next_turn_reads_only_what_is_new(decoder):
     changed = torch.cat((first[:2], torch.tensor([50]), second[3:]))
     third, reused = said_with(decoder, memory, decoder.embed(changed))
     assert reused == 2 and third == greedy_without_cache(decoder, changed.tolist(), 6)
+
+
+def test_a_next_turn_knows_what_a_step_on_the_device_wrote(decoder, monkeypatch):
+    # As on a GPU, but for the graph: there every step runs by itself as well, three times before it is captured.
+    steps = []
+    monkeypatch.setattr(
+        "vlquant.runtime.generate.open_step",
+        lambda decoder, cache, mask: steps.append(DecodeStep(decoder, cache, mask, attention=attend_stored)) or steps[-1],
+    )
+    memory, first = ConversationCache(), torch.tensor([5, 9, 13, 21])
+    said, _ = said_with(decoder, memory, decoder.embed(first))
+    second = torch.cat((first, torch.tensor(said), torch.tensor([40, 3])))
+    again, reused = said_with(decoder, memory, decoder.embed(second))
+    assert len(steps) == 2 and reused == len(first) + len(said) - 1
+    assert said == greedy_without_cache(decoder, first.tolist(), 6) and again == greedy_without_cache(decoder, second.tolist(), 6)
 
 
 def test_a_prompt_known_in_full_is_answered_again(decoder):

@@ -138,6 +138,14 @@ def test_nothing_is_compiled_twice(cache, monkeypatch):
         compile_cubin(TINY, (9, 0), defines=("FACTOR=2",))
 
 
+def test_what_was_kept_is_replaced_on_demand(cache):
+    right = compile_cubin(TINY, (8, 6), defines=("FACTOR=2",))
+    (kept,) = cache.glob("*.cubin")
+    kept.write_bytes(right[:100])
+    assert compile_cubin(TINY, (8, 6), defines=("FACTOR=2",)) == right[:100]
+    assert compile_cubin(TINY, (8, 6), defines=("FACTOR=2",), anew=True) == right == kept.read_bytes()
+
+
 def test_a_cache_that_cannot_be_written_is_done_without(cache):
     cache.parent.mkdir(parents=True)
     cache.write_text("a file in the folder's place")

@@ -91,6 +91,8 @@ class Place:
     """Bits that a weight of three takes."""
     row_scale: int = 4
     """Bytes of the scale of one row of int8."""
+    tower_at_once: bool = False
+    """Whether the vision tower is loaded with the model, not by the first picture."""
 
 
 PLACES = {
@@ -104,7 +106,7 @@ PLACES = {
     "cuda": Place(
         visions=("fp32", "fp16"), cache_value=2, activation_value=4, expanded_value=2, expanded_weights=None,
         expands_head=False, keeps_freed=False, libraries=800_000_000, loading=0, chunk=TOKENS_AT_A_TIME["cuda"],
-        kept_states=2, masks_chunks=True, three_bits=4, row_scale=6,
+        kept_states=2, masks_chunks=True, three_bits=4, row_scale=6, tower_at_once=True,
     ),
 }  # fmt: skip
 
@@ -131,7 +133,7 @@ class Memory:
     head: int
     """0 where it is the embedding."""
     vision: int
-    """Tower and projector."""
+    """Tower and projector; 0 where a text needs none."""
     cache: int
     """Keys and values of the whole context."""
     work: int
@@ -172,7 +174,7 @@ def model_memory(weights: Weights, place: Place, *, vision: str, context: int, t
         linears=linears_bytes(shapes, {name: form_in(place, form) for name, form in weights.linears.items()}),
         embedding=embedding.matrix_bytes(*shapes[EMBEDDING]),
         head=head.matrix_bytes(*shapes[EMBEDDING]) if has_head else 0,
-        vision=vision_bytes(config, vision),
+        vision=vision_bytes(config, vision) if tiles or place.tower_at_once else 0,
         cache=cache_bytes(config.decoder, place, context),
         work=work_bytes(config, place, context=context, tiles=tiles),
         libraries=place.libraries,

@@ -25,11 +25,9 @@ from vlquant.memory import (
     SCALE_AND_ZERO,
     Place,
     Weights,
-    cache_bytes,
     linear_names,
     model_memory,
     running_place,
-    work_bytes,
 )
 from vlquant.model import HUB_OWNER, Model, is_quantized, open_model, resolve_model
 from vlquant.recipe import Recipe
@@ -235,13 +233,15 @@ def asked_size(config: ModelConfig, context: int | None, tiles: int | None) -> t
 def choose(weights: Weights, place: Place, limit: int, *, method: str, vision: str, size: tuple[int, int]) -> Choice:
     """What one choice takes at `size` (context, tiles) in a place, and how far it reaches within `limit` bytes."""
     config, (context, tiles) = weights.config, size
-    memory = model_memory(weights, place, vision=vision, context=context, tiles=tiles)
-    left = limit - (memory.total - memory.cache - memory.work)
     per_tile, most = config.chat.tokens_per_tile, position_limit(config.decoder)
 
-    def fits(context: int, tiles: int) -> bool:
-        return cache_bytes(config.decoder, place, context) + work_bytes(config, place, context=context, tiles=tiles) <= left
+    def memory_of(context: int, tiles: int) -> Memory:
+        return model_memory(weights, place, vision=vision, context=context, tiles=tiles)
 
+    def fits(context: int, tiles: int) -> bool:
+        return memory_of(context, tiles).total <= limit
+
+    memory = memory_of(context, tiles)
     return Choice(
         method=method,
         vision=vision,

@@ -1,5 +1,6 @@
 // The same product with activations rounded to 8 bits, 32 at a time, and four multiplications an instruction (dp4a).
-// Faster where arithmetic limits, and not exact: whoever calls it has asked for it by name. Needs compute capability 6.1.
+// Faster where arithmetic limits, and not exact: no command runs it, only whoever wraps a linear in
+// runtime/cuda_linear.py's with_int8_activations. Needs compute capability 6.1.
 
 static const int INPUT_BLOCK = 32;  // columns that share one activation scale
 
@@ -10,7 +11,8 @@ extern "C" __global__ void round_activations(const float* x, signed char* codes,
     const int blocks = in_features / INPUT_BLOCK, block = blockIdx.x * blockDim.y + threadIdx.y;
     if (block >= blocks) return;  // a whole warp at a time
     const size_t index = (size_t)blockIdx.y * in_features + block * INPUT_BLOCK + threadIdx.x;
-    const float value = x[index], scale = warp_largest(fabsf(value)) / 127.0f;
+    // What is no number makes the scale none: fmaxf would hide it.
+    const float value = x[index], scale = warp_largest(fabsf(value)) / 127.0f + team_sum(value - value);
     codes[index] = (signed char)(scale > 0.0f ? (int)rintf(value / scale) : 0);
     if (threadIdx.x == 0) scales[(size_t)blockIdx.y * blocks + block] = scale;
 }
