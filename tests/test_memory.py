@@ -133,7 +133,7 @@ def test_heads_of_odd_width_and_stored_heads_are_left_to_torch():
 def test_in_float_every_parameter_is_counted_once(name):
     """Embedding, head and linears in float32, the tower in float32: four bytes for each parameter there is."""
     weights = replace(held(name, SINGLE), embedding=SINGLE, head=SINGLE)
-    memory = model_memory(weights, PLACES["cpu"], vision="fp32", context=TEXT_TOKENS, tiles=0)
+    memory = model_memory(weights, PLACES["cpu"], vision="fp32", context=TEXT_TOKENS + 256, tiles=1)
     parameters = sum(map(math.prod, tensor_shapes(weights.config).values()))
     assert memory.linears + memory.embedding + memory.head + memory.vision == 4 * parameters
 
@@ -169,3 +169,11 @@ def test_more_context_or_tiles_never_take_less(name, form, device, tiles, text, 
     at = [(context, tiles), (context + more, tiles), (context + more, tiles + 1)]
     totals = [memory_of(name, form, device=device, vision="fp32", context=context, tiles=tiles).total for context, tiles in at]
     assert totals == sorted(totals) and totals[0] < totals[1]
+
+
+def test_a_text_needs_no_tower_where_the_first_picture_loads_it():
+    def vision_of(device, tiles):
+        return memory_of("InternVL2_5-1B", FORMS["GPTQ-4"], device=device, vision="fp32", context=TEXT_TOKENS + 256 * tiles, tiles=tiles).vision
+
+    assert vision_of("cpu", 0) == 0 < vision_of("cpu", 1) == vision_of("cpu", 2)
+    assert vision_of("cuda", 0) == vision_of("cuda", 1) > 0

@@ -170,6 +170,15 @@ def test_a_head_in_8_bits_is_within_half_a_code():
     assert not round_rows(torch.zeros(16, 32)).scales.any()
 
 
+def test_a_head_is_rounded_alike_however_many_rows_at_once(monkeypatch):
+    weight = torch.randn(70, 64)
+    weight[3] = 0
+    whole = round_rows(weight)
+    monkeypatch.setattr(native, "ROWS_AT_ONCE", 16)
+    parts = round_rows(weight)
+    assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scales, parts.scales)
+
+
 @pytest.mark.parametrize("size", [1e-2, 1e-3, 1e-5, 1e-8])
 def test_rows_of_any_size(kernels, size):
     # Halves have all their digits down to 6e-5 only, where scales of such rows are not.
