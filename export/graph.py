@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import onnx
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
@@ -150,20 +151,31 @@ def project(graph: Graph, tokens: str, weights: Weights) -> str:
 
 
 def mlp(graph: Graph, x: str, weights: Weights, *, prefix: str, names: tuple[str, str]) -> str:
-    """Linear, exact GELU (erf), linear over the last axis."""
-    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0])
+    """Linear, exact GELU (erf), linear over the last axis.
+
+    Zeros that the inner rows need come out of the first matrix and its bias, and GELU leaves them zeros.
+    """
+    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0], lengthen=1)
     inner = graph.node("Gelu", [inner], approximate="none")
-    return graph.widen(linear(graph, inner, weights, prefix + names[1], least=LEAST_GELU), branch=prefix)
+    last = linear(graph, inner, weights, prefix + names[1], lengthen=0, least=LEAST_GELU)
+    return graph.widen(last, branch=prefix)
 
 
-def linear(graph: Graph, x: str, weights: Weights, name: str, *, least: float | None = None) -> str:
+def linear(
+    graph: Graph, x: str, weights: Weights, name: str, *, lengthen: int | None = None, least: float | None = None
+) -> str:
     """x @ weight.T + bias over the last axis; the bias only where the checkpoint has one.
 
-    least: what no x is below, where that is known.
+    lengthen: the axis of the matrix [in, out] along which it may get zeros. least: what no x is below, where that is known.
     """
-    product = graph.product(x, name + ".weight", weights[name + ".weight"].T, least=least)
+    weight = weights[name + ".weight"].T  # [in, out]
+    if lengthen is not None:
+        weight = graph.lengthened(weight, axis=lengthen)
+    product = graph.product(x, name + ".weight", weight, least=least)
     bias = weights.get(name + ".bias")
-    return product if bias is None else graph.node("Add", [product, graph.bias(name + ".bias", bias)])
+    if bias is None:
+        return product
+    return graph.node("Add", [product, graph.bias(name + ".bias", F.pad(bias, (0, weight.shape[1] - len(bias))))])
 
 
 def add_scaled(graph: Graph, hidden: str, branch: str, weights: Weights, *, name: str) -> str:
