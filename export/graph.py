@@ -153,29 +153,39 @@ def project(graph: Graph, tokens: str, weights: Weights) -> str:
 def mlp(graph: Graph, x: str, weights: Weights, *, prefix: str, names: tuple[str, str]) -> str:
     """Linear, exact GELU (erf), linear over the last axis.
 
-    Zeros that the inner rows need come out of the first matrix and its bias, and GELU leaves them zeros.
+    What the inner rows are made longer by comes out of the first matrix as zeros, and GELU leaves them zeros.
     """
-    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0], lengthen=1)
+    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0], lengthen="output")
     inner = graph.node("Gelu", [inner], approximate="none")
-    last = linear(graph, inner, weights, prefix + names[1], lengthen=0, least=LEAST_GELU)
+    last = linear(graph, inner, weights, prefix + names[1], lengthen="weight", least=LEAST_GELU)
     return graph.widen(last, branch=prefix)
 
 
 def linear(
-    graph: Graph, x: str, weights: Weights, name: str, *, lengthen: int | None = None, least: float | None = None
+    graph: Graph, x: str, weights: Weights, name: str, *, lengthen: str = "input", least: float | None = None
 ) -> str:
     """x @ weight.T + bias over the last axis; the bias only where the checkpoint has one.
 
-    lengthen: the axis of the matrix [in, out] along which it may get zeros. least: what no x is below, where that is known.
+    lengthen: besides the rows of x, where they need it, those of the "output"; or only the "weight", where x comes longer.
+    least: what no x is below, where that is known.
     """
-    weight = weights[name + ".weight"].T  # [in, out]
-    if lengthen is not None:
-        weight = graph.lengthened(weight, axis=lengthen)
+    weight, bias = weights[name + ".weight"].T, weights.get(name + ".bias")  # [in, out], [out]
+    missing, columns = graph.missing(len(weight)), graph.missing(weight.shape[1]) if lengthen == "output" else 0
+    weight = with_zeros(weight, rows=missing, columns=columns)
+    bias = None if bias is None else with_zeros(bias, columns=columns)
+    if missing and lengthen != "weight":
+        # By ones: the first brings the bias, the others meet zeros. Queries, keys and values all ask for this Pad, and
+        # ONNX Runtime runs it once.
+        x = graph.node("Pad", [x, graph.integers(0, missing), graph.number(1.0), graph.integers(-1)])
+        if bias is not None:
+            weight[-missing], bias = bias, None
     product = graph.product(x, name + ".weight", weight, least=least)
-    bias = weights.get(name + ".bias")
-    if bias is None:
-        return product
-    return graph.node("Add", [product, graph.bias(name + ".bias", F.pad(bias, (0, weight.shape[1] - len(bias))))])
+    return product if bias is None else graph.node("Add", [product, graph.bias(name + ".bias", bias)])
+
+
+def with_zeros(tensor: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
+    """A copy of a matrix or, without rows, a vector with zeros at its end; the tensor itself if none are asked for."""
+    return F.pad(tensor, (0, columns, 0, rows)[: 2 * tensor.ndim]) if rows or columns else tensor
 
 
 def add_scaled(graph: Graph, hidden: str, branch: str, weights: Weights, *, name: str) -> str:

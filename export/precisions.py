@@ -24,7 +24,7 @@ TINY = 1e-30
 class HalfGraph(Graph):
     """Branches in float16, except for those that are known to leave its range."""
 
-    zeros = 0
+    line = 0
 
     def __init__(self, weight_file: WeightFile, *, islands: Collection[str] = ()) -> None:
         """islands: branches that stay float32, by what the names of their weights start with."""
@@ -55,7 +55,7 @@ class Int8Graph(Graph):
     depend on the tiles beside it.
     """
 
-    zeros = 0
+    line = 0
 
     def __init__(self, weight_file: WeightFile) -> None:
         super().__init__(weight_file)
