@@ -11,6 +11,7 @@ from functools import partial
 
 import numpy as np
 import onnx
+import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
@@ -150,20 +151,41 @@ def project(graph: Graph, tokens: str, weights: Weights) -> str:
 
 
 def mlp(graph: Graph, x: str, weights: Weights, *, prefix: str, names: tuple[str, str]) -> str:
-    """Linear, exact GELU (erf), linear over the last axis."""
-    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0])
+    """Linear, exact GELU (erf), linear over the last axis.
+
+    What the inner rows are made longer by comes out of the first matrix as zeros, and GELU leaves them zeros.
+    """
+    inner = linear(graph, graph.narrow(x, branch=prefix), weights, prefix + names[0], lengthen="output")
     inner = graph.node("Gelu", [inner], approximate="none")
-    return graph.widen(linear(graph, inner, weights, prefix + names[1], least=LEAST_GELU), branch=prefix)
+    last = linear(graph, inner, weights, prefix + names[1], lengthen="weight", least=LEAST_GELU)
+    return graph.widen(last, branch=prefix)
 
 
-def linear(graph: Graph, x: str, weights: Weights, name: str, *, least: float | None = None) -> str:
+def linear(
+    graph: Graph, x: str, weights: Weights, name: str, *, lengthen: str = "input", least: float | None = None
+) -> str:
     """x @ weight.T + bias over the last axis; the bias only where the checkpoint has one.
 
+    lengthen: besides the rows of x, where they need it, those of the "output"; or only the "weight", where x comes longer.
     least: what no x is below, where that is known.
     """
-    product = graph.product(x, name + ".weight", weights[name + ".weight"].T, least=least)
-    bias = weights.get(name + ".bias")
+    weight, bias = weights[name + ".weight"].T, weights.get(name + ".bias")  # [in, out], [out]
+    missing, columns = graph.missing(len(weight)), graph.missing(weight.shape[1]) if lengthen == "output" else 0
+    weight = with_zeros(weight, rows=missing, columns=columns)
+    bias = None if bias is None else with_zeros(bias, columns=columns)
+    if missing and lengthen != "weight":
+        # By ones: the first brings the bias, the others meet zeros. Queries, keys and values all ask for this Pad, and
+        # ONNX Runtime runs it once.
+        x = graph.node("Pad", [x, graph.integers(0, missing), graph.number(1.0), graph.integers(-1)])
+        if bias is not None:
+            weight[-missing], bias = bias, None
+    product = graph.product(x, name + ".weight", weight, least=least)
     return product if bias is None else graph.node("Add", [product, graph.bias(name + ".bias", bias)])
+
+
+def with_zeros(tensor: Tensor, *, rows: int = 0, columns: int = 0) -> Tensor:
+    """A copy of a matrix or, without rows, a vector with zeros at its end; the tensor itself if none are asked for."""
+    return F.pad(tensor, (0, columns, 0, rows)[: 2 * tensor.ndim]) if rows or columns else tensor
 
 
 def add_scaled(graph: Graph, hidden: str, branch: str, weights: Weights, *, name: str) -> str:

@@ -24,6 +24,8 @@ TINY = 1e-30
 class HalfGraph(Graph):
     """Branches in float16, except for those that are known to leave its range."""
 
+    line = 0
+
     def __init__(self, weight_file: WeightFile, *, islands: Collection[str] = ()) -> None:
         """islands: branches that stay float32, by what the names of their weights start with."""
         super().__init__(weight_file)
@@ -52,6 +54,8 @@ class Int8Graph(Graph):
     token is a hundred times larger, as some are in every large vision transformer; and then a tile's features would
     depend on the tiles beside it.
     """
+
+    line = 0
 
     def __init__(self, weight_file: WeightFile) -> None:
         super().__init__(weight_file)

@@ -162,6 +162,8 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or (torch.get_num_threads() if device.type == "cpu" else 0)
     options.log_severity_level = 3
+    # Threads that spin while they wait take the cores from those that still compute, here and in the language model.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from vlquant.errors import OutputRefused, UnsupportedCheckpoint, VlquantError
-from vlquant.export import verify
+from vlquant.export import nodes, verify
 from vlquant.export.graph import IR_VERSION, OPSET
 from vlquant.export.nodes import LARGE_ALIGNMENT, LARGE_TENSOR_BYTES, WeightFile
 from vlquant.export.vision import VisionWeights, export_vision
@@ -131,6 +131,25 @@ def test_onnx_runtime_fuses_what_it_should(exported, tmp_path):
     # 4 layers with two norms and normalized queries and keys; the projector has a LayerNorm.
     assert nodes.count("SimplifiedLayerNormalization") == 16 and nodes.count("LayerNormalization") == 1
     assert nodes.count("BiasGelu") == 5 and "Pow" not in nodes
+
+
+def test_rows_of_whole_pages_are_made_longer(exported, tmp_path, monkeypatch):
+    """Pages are smaller here, so that a small tower's rows are whole ones: its layers' and the inner ones of its MLPs."""
+    before = exported(GOLDEN / "qwen2_hermes2")
+    monkeypatch.setattr(nodes, "PAGE_NUMBERS", 32)
+    after = export_vision(GOLDEN / "qwen2_hermes2", output=tmp_path / "vision")
+    plain, model = (onnx.load(folder / "model.onnx", load_external_data=False) for folder in (before, after))
+    rows, plain_rows = ([each.dims[0] for each in one.graph.initializer if len(each.dims) == 2] for one in (model, plain))
+    assert sum(row % 32 == 0 for row in rows) == 0 < sum(row % 32 == 0 for row in plain_rows)
+    # Queries, keys, values, the attention's projection and the MLP's input; the MLP's inner rows come out longer.
+    layers = open_model(GOLDEN / "qwen2_hermes2").config.vision.layers_to_run
+    kinds = [node.op_type for node in model.graph.node]
+    assert kinds.count("Pad") == 5 * layers + 1
+    # Each of these brings its bias along.
+    plain_kinds = [node.op_type for node in plain.graph.node]
+    assert plain_kinds.count("Add") - kinds.count("Add") == 5 * layers + 1
+    tiles = random_tiles(3)
+    torch.testing.assert_close(OnnxVision(after)(tiles), OnnxVision(before)(tiles), atol=1e-6, rtol=1e-6)
 
 
 def test_large_tensors_start_where_a_memory_map_can(tmp_path):
