@@ -118,6 +118,15 @@ def test_the_layout_has_the_number_of_what_the_kernels_take():
     assert (LAYOUT, digest) == (2, "a2078e71441a74f6")
 
 
+def test_the_processor_is_asked_for_all_that_is_compiled_for():
+    folder = Path(native.__file__).parent / "native"
+    asked = set(re.findall(r'__builtin_cpu_supports\("(\w+)"\)|bit_(\w+)', (folder / "kernels.c").read_text()))
+    asked = {(name or bit).lower() for name, bit in asked}
+    for file in ("vnni.c", "avx2.c"):
+        gcc, clang = (re.findall(rf'pragma {name}.*target\("([\w,]+)"\)', (folder / file).read_text()) for name in ("GCC", "clang"))
+        assert gcc == clang and set(gcc[0].split(",")) <= asked, file
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="counts threads in /proc")
 def test_changes_of_size_leave_no_threads_behind():
     code = (
