@@ -132,7 +132,8 @@ def changed_packed(bundle: Path) -> list[str]:
             written = (file.metadata() or {}).get("sha256")
     except (OSError, SafetensorError):
         return [FILE] if (bundle / FILE).exists() else []
-    return [] if stored_hash(bundle / FILE) == written else [FILE]
+    # Older versions noted no hash: their files are made again when they are next loaded.
+    return [] if written is None or stored_hash(bundle / FILE) == written else [FILE]
 
 
 def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatrix]:

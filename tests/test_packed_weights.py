@@ -13,11 +13,13 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.inspect import inspect
 from vlquant.model import open_model
 from vlquant.quantize import quantize
+from vlquant.publishing import replacing
 from vlquant.recipe import Recipe
 from vlquant.runtime import packed_weights
 from vlquant.runtime.loading import load_decoder
 from vlquant.runtime.native import packed_matrix
 from vlquant.runtime.packed_weights import FILE, changed_packed, joined, keep_packed, parts, places, read_packed
+from vlquant.shards import write_safetensors
 
 from tests.golden_folder import golden_folder
 
@@ -57,8 +59,6 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
 
 
 def test_two_processes_write_files_of_their_own(tmp_path):
-    from vlquant.publishing import replacing
-
     path = tmp_path / "file"
     with replacing(path) as first, replacing(path) as second:  # The second leaves the first's alone: it is at work.
         first.write_bytes(b"first")
@@ -76,6 +76,8 @@ def test_inspect_finds_a_change_in_it(bundle):
     inspect(bundle)
     with pytest.raises(BrokenCheckpoint, match="runtime/cpu.safetensors has changed or gone; delete runtime/"):
         inspect(bundle, verify=True)
+    write_safetensors(path, TENSORS, metadata={"source": "of an older version"})
+    assert changed_packed(bundle) == []
     path.write_bytes(b"no such file")
     assert changed_packed(bundle) == [FILE]
     path.unlink()

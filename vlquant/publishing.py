@@ -209,7 +209,8 @@ def replacing(path: Path) -> Iterator[Path]:
     partial, lock = Path(name), None
     os.close(handle)
     try:
-        lock = lock_folder(partial)
+        with suppress(OSError):  # Where there are no locks, nobody can sweep either.
+            lock = lock_folder(partial)
         yield partial
         partial.chmod(0o666 & ~_umask())  # mkstemp makes it private
         flush_entry(partial)
