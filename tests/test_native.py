@@ -8,6 +8,7 @@ import torch
 from vlquant.bnb import quantize_int8
 from vlquant.decoder import LINEARS, Decoder, DecoderConfig, DecoderLayer, KeyValueCache, Rope, norm_names
 from vlquant.packing import dequantize_gptq, pack_gptq
+from vlquant.runtime import native
 from vlquant.runtime.native import (
     CHOICES,
     Kernels,
