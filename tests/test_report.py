@@ -151,7 +151,8 @@ def test_everything_is_escaped(tmp_path):
     base = made_up(FAIL)
     disagreement = Disagreement(EVIL, EVIL, EVIL, (EVIL, EVIL + "2"), EVIL, EVIL + "3", 1.0, 0.0)
     further = replace(disagreement, key=EVIL + "4")
-    verdict = replace(base.verdict, grounds=(Ground("structure", EVIL),))
+    parts = replace(base.verdict.parts, tile=replace(base.verdict.parts.tile, key=EVIL, precision=EVIL))
+    verdict = replace(base.verdict, grounds=(Ground("structure", EVIL),), parts=parts)
     evil = replace(
         base,
         bundle=EVIL,
@@ -163,7 +164,6 @@ def test_everything_is_escaped(tmp_path):
         kinds=(replace(base.kinds[0], kind=EVIL),),
         layers=(LayerErrors(0, 0.1, {EVIL: 0.2}), LayerErrors(1, 0.1, {EVIL: 0.3})),
         generated=replace(base.generated, set_scores={EVIL: {EVIL: (1.0, 2.0)}}),
-        blame=replace(base.blame, tile=replace(base.blame.tile, key=EVIL)),
         disagreements=(disagreement, further),
         recipe={EVIL: [EVIL]},
         libraries={EVIL: EVIL},
@@ -236,8 +236,8 @@ def test_tiles_are_numbered_through_all_pictures_and_the_thumbnail_is_not_drawn(
     picture = Image.new("RGB", (200, 100))
     boxes = ((0.0, 0.0, 100.0, 100.0), (100.0, 0.0, 200.0, 100.0), (0.0, 0.0, 200.0, 100.0))
     result = made_up(PASS)
-    disagreement = replace(result.disagreements[0], key=result.blame.tile.key)
-    card = show_card(Card(disagreement, (picture, picture), (boxes, boxes)), replace(result.blame.tile, tile=5))
+    disagreement = replace(result.disagreements[0], key=result.verdict.parts.tile.key)
+    card = show_card(Card(disagreement, (picture, picture), (boxes, boxes)), replace(result.verdict.parts.tile, tile=5))
     assert [[tile.number for tile in each.tiles] for each in card.pictures] == [[1, 2], [4, 5]]
     assert [tile.worst for tile in card.pictures[1].tiles] == [False, True]
     second = card.pictures[0].tiles[1]
