@@ -147,6 +147,11 @@ def test_a_tile_is_worse_that_takes_more_of_what_is_allowed(features, tmp_path):
     assert tile_of((features[0], stored(tmp_path / "d.f32", rows)), "int8").key == "first"
 
 
+def test_a_question_without_pictures_has_no_tiles(features):
+    nowhere = [torch.zeros(5, dtype=torch.bool)] * 2
+    assert worst_tile(["first", "second"], nowhere, features, tokens_per_tile=2, precision="fp32") is None
+
+
 def test_the_same_features_have_no_worst_tile(features):
     assert tile_of((features[0], features[0])) is None
 

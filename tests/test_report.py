@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlquant.charts import PALETTE, edge_ticks, place_in
 from vlquant.check_result import Disagreement, HistogramBin, LayerErrors
+from vlquant.part_limits import PartDistances
 from vlquant.report import Card, bar, page, round_up, write_report
 from vlquant.report_cards import CARD_BYTES, LONGEST_SIDE, MOST_CHARACTERS, MOST_PICTURES, mark_differences, show_card
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Ground
@@ -138,7 +139,17 @@ def test_layers_without_classes_and_without_errors():
     plain = tuple(LayerErrors(layer, 0.01 * layer or None, {}) for layer in range(5))
     assert "all weights" in Page(page(replace(result, layers=plain), [])).text
     unknown = tuple(LayerErrors(layer, None, {}) for layer in range(5))
-    assert "Layer by layer" not in Page(page(replace(result, layers=unknown), [])).text
+    text = Page(page(replace(result, layers=unknown), [])).text
+    assert "relative error of" not in text and "Each layer beside plain rounding" in text
+    nothing = replace(result, layers=unknown, verdict=replace(result.verdict, parts=PartDistances()))
+    assert "Layer by layer" not in Page(page(nothing, [])).text
+
+
+def test_parts_are_shown_beside_their_limits():
+    text = " ".join(Page(page(made_up(FAIL), [])).text.split())
+    assert "layer 13 adds most: 2.70 times what plain rounding to the same bits would (the limit is 1.5)" in text
+    assert "layer 13 of the language model is 2.70 times as far" in text and "13 2.70 2.56" in text
+    assert "fp32 keeps 0.999999" in text
 
 
 def test_the_same_result_gives_the_same_bytes(tmp_path):

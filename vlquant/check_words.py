@@ -170,7 +170,7 @@ def blame_sentence(blame: Blame) -> str:
 def tile_text(tile: WorstTile) -> str:
     """The tile whose features differ most, beside what its precision keeps."""
     found = f"{decibels(tile.signal_to_noise)}, cosine {tile.cosine:.7g}"
-    return f"tile {tile.tile} of {tile.key}: {found} ({tile.precision} keeps {tile.least_cosine:g})"
+    return f"{tile.tile} of {tile.key}: {found} ({tile.precision} keeps {tile.least_cosine:g})"
 
 
 def layers_text(layers: Sequence[LayerDistance]) -> str:

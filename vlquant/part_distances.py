@@ -93,6 +93,8 @@ def worst_tile(
     """
     accepted, scale, seen = ACCEPTED[precision], torch.finfo(torch.float32).tiny, []
     for key, own, wanted, given in zip(keys, places, *prompts, strict=True):
+        if not bool(own.any()):
+            continue  # A question without pictures.
         pairs = zip(wanted[own].split(tokens_per_tile), given[own].split(tokens_per_tile), strict=True)
         for tile, (right, found) in enumerate(pairs, 1):
             scale = max(scale, float(right.abs().max()))
