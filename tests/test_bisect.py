@@ -7,6 +7,7 @@ import pytest
 from rich.console import Console
 
 from vlquant.bisect import VISION, Bisection, bisect, search
+from vlquant.check import check
 from vlquant.check_options import CheckOptions
 from vlquant.check_table import print_bisection
 from vlquant.errors import InvalidRequest
@@ -18,6 +19,7 @@ from vlquant.verdict import ACCURACY, DISTRIBUTION, FAIL, INCONCLUSIVE, PASS, Di
 
 from tests import planted
 from tests.golden_folder import golden_folder
+from tests.test_check import write_set
 
 SOURCE = golden_folder() / "internlm2_internvl2_5"
 FEW = CheckOptions(limit=12, max_new_tokens=4)
@@ -134,3 +136,12 @@ def test_whole_parts_are_not_accused(exported, lenient):
     found = bisect(exported, reference=SOURCE, options=SURE)
     assert found.before.outcome == INCONCLUSIVE and found.parts == () and found.before.parts.tile is not None
     assert [each.roundings for each in found.before.parts.layers] == pytest.approx([1] * 3)
+
+
+def test_a_tower_is_judged_without_any_answer(exported, tmp_path, lenient):
+    broken, options = planted.copied(exported, tmp_path / "broken"), CheckOptions(sets=(str(write_set(tmp_path, answers=False)),), memory=0.0001)
+    planted.zero_head(broken, 0, 0)
+    result = check(broken, reference=SOURCE, options=options)
+    assert result.distribution is None and result.blame is None and result.verdict.parts.layers == ()
+    assert result.verdict.outcome == FAIL and "the exported vision tower gives" in result.verdict.reason
+    assert bisect(broken, reference=SOURCE, options=options).parts == (VISION,)

@@ -13,7 +13,7 @@ from vlquant.intervals import CONFIDENCE, Moments, bound, ratio_values
 MOST_ROUNDINGS = 1.5
 """How many times as far from the float layer as plain rounding would leave it a layer may be.
 
-Good ones are at 0.3 to 0.8 (GPTQ, 3 to 8 bits) and 1 (whatever rounds plainly), those with one tenth too large scales at
+Good ones are at 0.4 to 0.75 (GPTQ, 3 to 8 bits) and 1 (whatever rounds plainly), those with scales a tenth too large at
 2.7 and more, at 2 bits instead of 4 at 3.8 and more: tests/RESULTS.md.
 """
 SMALLEST_ERROR = 1e-14
