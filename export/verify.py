@@ -20,31 +20,10 @@ from vlquant.export.graph import split_stages
 from vlquant.runtime.vision_session import open_session
 from vlquant.tiling import cut_tiles, normalize
 from vlquant.vision import Stage, vision_stages
-from vlquant.vision_manifest import GRAPH_FILE
+from vlquant.vision_manifest import ACCEPTED, GRAPH_FILE, Accepted
 
 TILES = 4
 BATCHES = (3, 1)  # several tiles and a single one: the tile axis must be free
-
-
-
-@dataclass(frozen=True)
-class Accepted:
-    """How far a graph may be from torch in float32."""
-
-    difference: float
-    """Of any feature, as a share of the largest."""
-    cosine: float
-    """Least between the features of a tile, all tokens together."""
-
-
-ACCEPTED = {
-    # Float32 through 24 to 45 layers in another order of additions differs by 1e-6 to 1e-5 of the largest feature;
-    # the smallest mistake we could make, GELU by tanh, by 1e-4 and more.
-    "fp32": Accepted(1e-4, 0.999999),
-    # Weights and activations rounded at 5e-4; what is wrong rather than rounded is further away.
-    "fp16": Accepted(1e-2, 0.9999),
-    "int8": Accepted(0.25, 0.99),
-}
 
 
 @dataclass(frozen=True)

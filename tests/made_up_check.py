@@ -19,10 +19,10 @@ from vlquant.check_result import (
     KindResult,
     LayerErrors,
     NoiseFloor,
-    WorstTile,
 )
 from vlquant.distributions import DistributionSummary
 from vlquant.intervals import bootstrap_interval, mcnemar_probability
+from vlquant.part_limits import LayerDistance, PartDistances, WorstTile
 from vlquant.report import Card
 from vlquant.tiling import tile_picture
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, AnswerTokens, KindScores, judge_distribution, reach_verdict
@@ -57,6 +57,7 @@ def made_up(outcome: str) -> CheckResult:
         kinds=[KindScores(kind, REFERENCE[kind], own, 0.05 if kind == "text" else None) for kind, own in scores.items()],
         distribution=judge_distribution(pictures, 4),
         structure=STRUCTURE if outcome == FAIL else (),
+        parts=parts(24, worse=outcome == FAIL),
     )
     assert verdict.outcome == outcome, verdict.reason
     kinds = tuple(kind_result(chance, each) for each in verdict.kinds)
@@ -79,7 +80,7 @@ def made_up(outcome: str) -> CheckResult:
         generated=generated_result(every, kinds, questions),
         kinds=kinds,
         noise_floor=NoiseFloor(questions=64, changed=0, divergence=2.1e-9),
-        blame=Blame(48, 0.00004, fmean(divergences), 1.02 * fmean(divergences), WorstTile(key(1), 3, 88.4, 0.999998)),
+        blame=Blame(48, 0.00004, fmean(divergences), 1.02 * fmean(divergences)),
         layers=layers(24, worse=outcome == FAIL),
         disagreements=disagreements(30),
         recipe={"method": "gptq", "bits": 4, "group_size": 128, "damping": 0.05, "calibration": ["builtin"], "samples": 128, "tokens": 2048, "seed": 0},
@@ -182,6 +183,14 @@ def layers(count: int, *, worse: bool) -> tuple[LayerErrors, ...]:
         return LayerErrors(layer, error, {"vision": 0.8 * error, "prompt": 1.3 * error, "answer": 1.1 * error if layer else None})
 
     return tuple(map(errors, range(count)))
+
+
+def parts(count: int, *, worse: bool) -> PartDistances:
+    """Layers better than plain rounding, but for the one that stands out; a tower as exact as its precision."""
+    distances = (0.6 * (4.5 if worse and layer == 13 else 1) for layer in range(count))
+    layers = tuple(LayerDistance(layer, distance, 0.95 * distance) for layer, distance in enumerate(distances))
+    tile = WorstTile(key(1), 3, 88.4, 0.999999998, 3e-6, precision="fp32", least_cosine=0.999999, most_difference=1e-4)
+    return PartDistances(layers, tile)
 
 
 def key(index: int) -> str:

@@ -1,24 +1,30 @@
 """`vlquant bisect` on a small checkpoint: it names the part that was broken, and nothing where nothing fails."""
 
 import io
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
 
 from vlquant.bisect import VISION, Bisection, bisect, search
+from vlquant.check import check
 from vlquant.check_options import CheckOptions
 from vlquant.check_table import print_bisection
 from vlquant.errors import InvalidRequest
+from vlquant.export.vision import export_vision
 from vlquant.intervals import Interval
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.verdict import ACCURACY, FAIL, INCONCLUSIVE, PASS, DistributionLimits, Ground, Verdict
+from vlquant.verdict import ACCURACY, DISTRIBUTION, FAIL, INCONCLUSIVE, PASS, DistributionLimits, Ground, Verdict
 
 from tests import planted
 from tests.golden_folder import golden_folder
+from tests.test_check import write_set
 
 SOURCE = golden_folder() / "internlm2_internvl2_5"
 FEW = CheckOptions(limit=12, max_new_tokens=4)
+SURE = CheckOptions(limit=30, max_new_tokens=4)
+"""Nine pictures: of three, nothing about a layer is sure."""
 
 
 def verdict(outcome: str) -> Verdict:
@@ -86,3 +92,56 @@ def test_a_broken_layer_of_a_real_bundle(tmp_path, monkeypatch):
     found = bisect(broken, reference=SOURCE, options=FEW)
     assert found.before.outcome == FAIL and found.parts == ("layer 1",) and found.after.outcome == INCONCLUSIVE
     assert bisect(bundle, reference=SOURCE, options=FEW).parts == ()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    bundle = quantize(SOURCE, recipe=Recipe(method="rtn", bits=4, group_size=32), output=tmp_path_factory.mktemp("bisect") / "bundle")
+    export_vision(bundle)
+    return bundle
+
+
+@pytest.fixture
+def lenient(tmp_path, monkeypatch):
+    """The limits of the whole model let everything through: random weights, whose scores and likelihoods mean nothing."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("vlquant.verdict.LIMITS", {4: DistributionLimits(100.0, 0.0)})
+
+
+def test_a_layer_beyond_its_own_limit_is_named(exported, tmp_path, lenient):
+    broken = planted.copied(exported, tmp_path / "broken")
+    planted.scale_layer(broken, 1, 1.3)
+    found = bisect(broken, reference=SOURCE, options=SURE)
+    assert {each.name for each in found.before.grounds} == {DISTRIBUTION} and "layer 1 of the language model" in found.before.reason
+    assert found.parts == ("layer 1",) and found.after.outcome == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("memory", [None, 0.0001])
+def test_a_tower_beyond_its_own_limit_is_named(exported, tmp_path, lenient, memory):
+    broken = planted.copied(exported, tmp_path / "broken")
+    planted.zero_head(broken, 0, 0)
+    found = bisect(broken, reference=SOURCE, options=replace(FEW, memory=memory))
+    assert {each.name for each in found.before.grounds} == {DISTRIBUTION} and "the exported vision tower gives" in found.before.reason
+    assert found.parts == (VISION,) and found.after.outcome == INCONCLUSIVE
+
+
+def test_several_broken_parts_are_all_named(exported, tmp_path, lenient):
+    broken = planted.copied(exported, tmp_path / "broken")
+    planted.scale_layer(broken, 0, 1.3)
+    planted.zero_head(broken, 1, 1)
+    assert bisect(broken, reference=SOURCE, options=SURE).parts == (VISION, "layer 0")
+
+
+def test_whole_parts_are_not_accused(exported, lenient):
+    found = bisect(exported, reference=SOURCE, options=SURE)
+    assert found.before.outcome == INCONCLUSIVE and found.parts == () and found.before.parts.tile is not None
+    assert [each.roundings for each in found.before.parts.layers] == pytest.approx([1] * 3)
+
+
+def test_a_tower_is_judged_without_any_answer(exported, tmp_path, lenient):
+    broken, options = planted.copied(exported, tmp_path / "broken"), CheckOptions(sets=(str(write_set(tmp_path, answers=False)),), memory=0.0001)
+    planted.zero_head(broken, 0, 0)
+    result = check(broken, reference=SOURCE, options=options)
+    assert result.distribution is None and result.blame is None and result.verdict.parts.layers == ()
+    assert result.verdict.outcome == FAIL and "the exported vision tower gives" in result.verdict.reason
+    assert bisect(broken, reference=SOURCE, options=options).parts == (VISION,)

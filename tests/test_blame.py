@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from vlquant.blame import NO_NOISE, find_blame, spread, worst_tile
+from vlquant.blame import find_blame, spread
 from vlquant.forced import LogitsHead, forced_states
 from vlquant.hidden_states import HiddenStates, write_states
 from vlquant.model import open_model
@@ -73,14 +73,3 @@ def test_nothing_to_ask(models, prompts, tmp_path):
 def test_questions_are_spread_over_all():
     chosen = spread({number: [1] for number in range(100)})
     assert len(chosen) <= 48 and max(chosen) > 95
-
-
-def test_the_worst_tile_is_named(prompts):
-    places = [torch.zeros(length, dtype=torch.bool) for length in (8, 9, 10)]
-    for each in places:
-        each[0:6] = True
-    found = worst_tile(["first", "second", "third"], places, prompts, 2)
-    assert found.key == "third" and found.tile in (2, 3)
-    # A tenth of the signal: 20 dB, and an angle whose cosine is about 0.995.
-    assert 17 < found.signal_to_noise < 23 and 0.98 < found.cosine < 0.999
-    assert worst_tile(["first"] * 3, places, (prompts[0], prompts[0]), 2) is None and NO_NOISE > 100

@@ -210,7 +210,7 @@ def test_a_part_of_a_bundle_is_not_inspected(bundle):
 
 def test_a_result_can_be_read_again(bundle, checkpoint):
     text = to_json(check(bundle, reference=checkpoint, options=FEW))
-    assert json.loads(text)["format_version"] == 2 and not any(word in text for word in ("NaN", "Infinity", str(bundle)))
+    assert json.loads(text)["format_version"] == 3 and not any(word in text for word in ("NaN", "Infinity", str(bundle)))
 
 
 def test_another_checkpoint_is_not_the_reference(bundle, checkpoint, tmp_path):

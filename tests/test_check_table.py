@@ -32,7 +32,7 @@ def test_every_number_is_there(outcome):
     for kind in result.kinds:
         assert f"{kind.kind} {kind.questions} {100 * kind.verdict.reference:.2f} {100 * kind.quantized:.2f}" in text
         assert f"{kind.flips.lost} {kind.flips.won} {kind.verdict.outcome}" in text
-    for word in ("mean KL", "likeliest token", "noise floor", "comes from", "faults", "worst tile 3", "truncated 0 -> 2"):
+    for word in ("mean KL", "likeliest token", "noise floor", "comes from", "faults", "worst tile 3 of", "layers layer", "truncated 0 -> 2"):
         assert word in text
 
 

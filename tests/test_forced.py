@@ -20,7 +20,7 @@ def streamed(pipeline, prompts, answers, folder):
     embedded = HiddenStates(folder / "prompts.f32", lengths, pipeline.config.decoder.hidden_size)
     steps, answers = [], dict(enumerate(answers))
     states = forced_states(
-        pipeline.model, embedded, answers, folder=folder, device="cpu", step=lambda *done: steps.append(done)
+        pipeline.model, embedded, answers, folder=folder, device="cpu", step=lambda passed: steps.append((passed.index + 1, passed.layers))
     )
     layers = pipeline.config.decoder.layers
     assert steps == [(index + 1, layers) for index in range(layers)]

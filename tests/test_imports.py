@@ -28,6 +28,7 @@ VERBS = {
     "vlquant.examination",
     "vlquant.comparison",
     "vlquant.blame",
+    "vlquant.part_distances",
     "vlquant.findings_summary",
     "vlquant.forced",
     "vlquant.bisect",

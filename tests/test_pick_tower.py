@@ -118,7 +118,9 @@ def test_check_takes_the_tower_that_chat_takes(bundle, tmp_path, monkeypatch):
     found = {vision: check(bundle, reference=SOURCE, options=replace(few, vision=vision), report=events.append) for vision in ("onnx", "fp32", "torch")}
     assert [each.vision for each in found.values()] == ["onnx int8", "onnx fp32", "torch (vision not checked)"]
     assert "vision tower vision-int8 (int8)" in [event.message for event in events]
-    assert 0.99 < found["onnx"].blame.tile.cosine < found["fp32"].blame.tile.cosine and found["torch"].blame.vision is None
+    int8, fp32, torch = (each.verdict.parts.tile for each in found.values())
+    assert 0.99 < int8.cosine < 0.999999 < fp32.cosine and torch is None and found["torch"].blame.vision is None
+    assert (int8.precision, fp32.precision) == ("int8", "fp32") and not int8.is_broken and not fp32.is_broken
     (bundle / "vision-int8" / "model.onnx").write_bytes((bundle / "vision-int8" / "model.onnx").read_bytes()[:-1] + b"\0")
     with pytest.raises(BrokenCheckpoint, match="vision-int8/model.onnx changed"):
         check(bundle, reference=SOURCE, options=few)

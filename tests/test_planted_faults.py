@@ -1,6 +1,6 @@
 """What `check` and `bisect` said of the demo model with a fault planted: recorded by tests/planted_faults.py.
 
-250 questions decide about structure and about large damage; tests/RESULTS.md has what they leave open.
+250 questions; tests/RESULTS.md has the numbers behind the outcomes.
 """
 
 import json
@@ -37,13 +37,9 @@ def test_another_prompt_or_order_fails_by_structure():
         assert found["outcome"] == "FAIL" and "structure" in found["grounds"]
 
 
-def test_damaged_weights_never_pass():
-    # INCONCLUSIVE is exit code 4: whoever asks so few questions is told that more would decide.
-    assert all(found["outcome"] in ("FAIL", "INCONCLUSIVE") for found in of_kind(*MEASURED).values())
-
-
-def test_a_damaged_layer_that_fails_is_named():
-    failed = {name: found for name, found in of_kind(*MEASURED).items() if found["outcome"] == "FAIL"}
-    assert "2 bits in layer 0" in failed
-    for name, found in failed.items():
-        assert found["parts"] == [f"layer {name.split()[-1]}"] and found["after"] != "FAIL"
+@pytest.mark.parametrize("name", of_kind(*MEASURED))
+def test_damaged_weights_fail_and_their_part_is_named(name):
+    found = RECORD[name]
+    assert found["outcome"] == "FAIL" and set(found["grounds"]) <= {"distribution", "accuracy"}
+    part = "the vision tower" if name.startswith("head ") else f"layer {name.split()[-1]}"
+    assert found["parts"] == [part] and found["after"] != "FAIL"

@@ -12,6 +12,7 @@ from PIL import Image
 
 from vlquant.charts import PALETTE, edge_ticks, place_in
 from vlquant.check_result import Disagreement, HistogramBin, LayerErrors
+from vlquant.part_limits import PartDistances
 from vlquant.report import Card, bar, page, round_up, write_report
 from vlquant.report_cards import CARD_BYTES, LONGEST_SIDE, MOST_CHARACTERS, MOST_PICTURES, mark_differences, show_card
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, Ground
@@ -138,7 +139,17 @@ def test_layers_without_classes_and_without_errors():
     plain = tuple(LayerErrors(layer, 0.01 * layer or None, {}) for layer in range(5))
     assert "all weights" in Page(page(replace(result, layers=plain), [])).text
     unknown = tuple(LayerErrors(layer, None, {}) for layer in range(5))
-    assert "Layer by layer" not in Page(page(replace(result, layers=unknown), [])).text
+    text = Page(page(replace(result, layers=unknown), [])).text
+    assert "relative error of" not in text and "Each layer beside plain rounding" in text
+    nothing = replace(result, layers=unknown, verdict=replace(result.verdict, parts=PartDistances()))
+    assert "Layer by layer" not in Page(page(nothing, [])).text
+
+
+def test_parts_are_shown_beside_their_limits():
+    text = " ".join(Page(page(made_up(FAIL), [])).text.split())
+    assert "layer 13 adds most: 2.70 times what plain rounding to the same bits would (the limit is 1.5)" in text
+    assert "layer 13 of the language model is 2.70 times as far" in text and "13 2.70 2.56" in text
+    assert "fp32 keeps 0.999999" in text
 
 
 def test_the_same_result_gives_the_same_bytes(tmp_path):
@@ -151,7 +162,8 @@ def test_everything_is_escaped(tmp_path):
     base = made_up(FAIL)
     disagreement = Disagreement(EVIL, EVIL, EVIL, (EVIL, EVIL + "2"), EVIL, EVIL + "3", 1.0, 0.0)
     further = replace(disagreement, key=EVIL + "4")
-    verdict = replace(base.verdict, grounds=(Ground("structure", EVIL),))
+    parts = replace(base.verdict.parts, tile=replace(base.verdict.parts.tile, key=EVIL, precision=EVIL))
+    verdict = replace(base.verdict, grounds=(Ground("structure", EVIL),), parts=parts)
     evil = replace(
         base,
         bundle=EVIL,
@@ -163,7 +175,6 @@ def test_everything_is_escaped(tmp_path):
         kinds=(replace(base.kinds[0], kind=EVIL),),
         layers=(LayerErrors(0, 0.1, {EVIL: 0.2}), LayerErrors(1, 0.1, {EVIL: 0.3})),
         generated=replace(base.generated, set_scores={EVIL: {EVIL: (1.0, 2.0)}}),
-        blame=replace(base.blame, tile=replace(base.blame.tile, key=EVIL)),
         disagreements=(disagreement, further),
         recipe={EVIL: [EVIL]},
         libraries={EVIL: EVIL},
@@ -236,8 +247,8 @@ def test_tiles_are_numbered_through_all_pictures_and_the_thumbnail_is_not_drawn(
     picture = Image.new("RGB", (200, 100))
     boxes = ((0.0, 0.0, 100.0, 100.0), (100.0, 0.0, 200.0, 100.0), (0.0, 0.0, 200.0, 100.0))
     result = made_up(PASS)
-    disagreement = replace(result.disagreements[0], key=result.blame.tile.key)
-    card = show_card(Card(disagreement, (picture, picture), (boxes, boxes)), replace(result.blame.tile, tile=5))
+    disagreement = replace(result.disagreements[0], key=result.verdict.parts.tile.key)
+    card = show_card(Card(disagreement, (picture, picture), (boxes, boxes)), replace(result.verdict.parts.tile, tile=5))
     assert [[tile.number for tile in each.tiles] for each in card.pictures] == [[1, 2], [4, 5]]
     assert [tile.worst for tile in card.pictures[1].tiles] == [False, True]
     second = card.pictures[0].tiles[1]

@@ -15,15 +15,16 @@ from vlquant.blame import mean_divergence, spread
 from vlquant.bundle import Manifest, find_bundle, read_manifest
 from vlquant.check import examine, open_sets, sides_of, verdict_of, working_folder
 from vlquant.check_options import CheckOptions
-from vlquant.comparison import forced_answers
+from vlquant.comparison import Measured, exported_tile, forced_answers, layer_noises
 from vlquant.errors import InvalidRequest
 from vlquant.events import Event, Report, silent
 from vlquant.examination import Findings
-from vlquant.forced import Answers, LogitsHead, compare_answers, forced_states
+from vlquant.forced import Answers, LogitsHead, Step, compare_answers, forced_states
 from vlquant.hidden_states import HiddenStates
 from vlquant.kept_answers import KeptAnswer
 from vlquant.mixture import Mixture
 from vlquant.model import Model, open_model
+from vlquant.part_limits import LayerDistance, PartDistances, WorstTile, judge_layers
 from vlquant.reference import find_reference
 from vlquant.request import EncodedRequest
 from vlquant.runtime.features import TileFeatures
@@ -77,7 +78,8 @@ def bisect(
             raise InvalidRequest(f"the bundle is not read as its reference ({findings.structure[0]}); quantize the model again")
         _, answers = forced_answers(findings, source, were_imported=options.reference_predictions is not None)
         models = open_model(source), open_model(folder)
-        swaps = Swaps(manifest, models, prompts, findings, answers, work, options)
+        tile = exported_tile(sides[1], models[0], findings, prompts)
+        swaps = Swaps(manifest, models, prompts, findings, answers, tile, work, options)
         return search(swaps, report)
 
 
@@ -91,6 +93,8 @@ class Swaps:
     prompts: tuple[HiddenStates, HiddenStates]
     findings: Findings
     answers: Answers
+    tile: WorstTile | None
+    """The vision tower's, while it is as in the bundle."""
     work: Path
     options: CheckOptions
 
@@ -105,8 +109,10 @@ class Swaps:
         return [VISION, *range(self.models[0].config.decoder.layers)]
 
     def divergence(self, parts: Parts) -> float:
-        """Mean over the tokens of some answers, in nats."""
+        """Mean over the tokens of some answers, in nats; 0 without answers, which only the vision tower fails."""
         some = spread(self.answers)
+        if not some:
+            return 0.0
         with self._states(parts, some) as (wanted, given):
             return mean_divergence(self.heads, (wanted, given), some)
 
@@ -117,7 +123,13 @@ class Swaps:
         findings = self.findings
         if findings.quantized and parts:
             findings = replace(findings, quantized=self._generated(parts))
-        return verdict_of(self.manifest, findings, compared, self.options)
+        return verdict_of(self.manifest, findings, Measured("", compared, None, self._distances(parts)), self.options)
+
+    def _distances(self, parts: Parts) -> PartDistances:
+        """Of what is still as in the bundle; a part in float is at no distance."""
+        _, layers = self._along_all
+        tile = None if VISION in parts else self.tile
+        return PartDistances(tuple(each for each in layers if each.layer not in parts), tile)
 
     @contextmanager
     def _states(self, parts: Parts, answers: Answers) -> Iterator[tuple[HiddenStates, HiddenStates]]:
@@ -126,19 +138,26 @@ class Swaps:
             yield self._reference(answers), self._forced(self._mixture(parts), self._prompts(parts), answers, Path(folder))
 
     def _reference(self, answers: Answers) -> HiddenStates:
-        """The reference's, which no part changes: computed once for all answers, and once for some."""
-        if len(answers) not in self._known:
-            folder = Path(tempfile.mkdtemp(dir=self.work))
-            self._known[len(answers)] = self._forced(self.models[0], self.prompts[0], answers, folder)
-        return self._known[len(answers)]
-
-    def _forced(self, model: Model | Mixture, prompts: HiddenStates, answers: Answers, folder: Path) -> HiddenStates:
-        return forced_states(model, prompts, answers, folder=folder, device=self.options.device, step=lambda *done: None)
+        """The reference's, which no part changes."""
+        return self._along_all[0] if len(answers) == len(self.answers) else self._along_some
 
     @cached_property
-    def _known(self) -> dict[int, HiddenStates]:
-        """States of the reference by number of answers, which tells all from some."""
-        return {}
+    def _along_all(self) -> tuple[HiddenStates, tuple[LayerDistance, ...]]:
+        """The reference's states along all answers, and how far the bundle's layers are from its own."""
+        noises = layer_noises(self.models, self.findings, self.answers, self.prompts[0], self.options.device)
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        states = self._forced(self.models[0], self.prompts[0], self.answers, folder, step=noises.hear)
+        return states, judge_layers(noises.found)
+
+    @cached_property
+    def _along_some(self) -> HiddenStates:
+        folder = Path(tempfile.mkdtemp(dir=self.work))
+        return self._forced(self.models[0], self.prompts[0], spread(self.answers), folder)
+
+    def _forced(
+        self, model: Model | Mixture, prompts: HiddenStates, answers: Answers, folder: Path, step: Step = lambda passed: None
+    ) -> HiddenStates:
+        return forced_states(model, prompts, answers, folder=folder, device=self.options.device, step=step)
 
     def _mixture(self, parts: Parts) -> Mixture:
         return Mixture(self.models[1], self.models[0], frozenset(part for part in parts if part != VISION))
@@ -181,7 +200,7 @@ NOTHING = EncodedRequest("", [], [], [], "")
 
 
 def search(swaps: Swaps, report: Report) -> Bisection:
-    """Parts by what their return gains, taken until the FAIL ends, then left out again one by one where it ends without them."""
+    """Parts beyond their own limits, then by what their return gains, taken until the FAIL ends, then left out where it ends without them."""
     before = swaps.verdict(frozenset())
     if before.outcome != FAIL:
         return Bisection(before, (), before, ())
@@ -194,7 +213,8 @@ def search(swaps: Swaps, report: Report) -> Bisection:
     for number, part in enumerate(swaps.parts, 1):
         gains[part] = whole - swaps.divergence(frozenset((part,)))
         report(Event("parts back to float", number, len(swaps.parts)))
-    ranked, chosen, after = sorted(swaps.parts, key=lambda part: -gains[part]), frozenset(), before
+    suspects, chosen, after = accused(before), frozenset(), before
+    ranked = sorted(swaps.parts, key=lambda part: (part not in suspects, -gains[part]))
     while after.outcome == FAIL and len(chosen) < len(ranked):
         chosen |= {ranked[len(chosen)]}
         after = swaps.verdict(chosen)
@@ -203,9 +223,16 @@ def search(swaps: Swaps, report: Report) -> Bisection:
         without = swaps.verdict(chosen - {part})
         if without.outcome != FAIL:
             chosen, after = chosen - {part}, without
+    helpful = sorted(gains.items(), key=lambda each: -each[1])
     return Bisection(
-        before, tuple(map(part_name, sort_parts(chosen))), after, tuple((part_name(part), gains[part]) for part in ranked)
+        before, tuple(map(part_name, sort_parts(chosen))), after, tuple((part_name(part), gain) for part, gain in helpful)
     )
+
+
+def accused(verdict: Verdict) -> Parts:
+    """Parts that are beyond limits of their own."""
+    vision = {VISION} if verdict.parts.tile and verdict.parts.tile.is_broken else set()
+    return frozenset(vision | {each.layer for each in verdict.parts.layers if each.is_broken})
 
 
 def sort_parts(parts: Parts) -> list[int | str]:

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.check_result import Blame, WorstTile
-from vlquant.forced import Answers, LogitsHead, Step, compare_answers, forced_states
+from vlquant.check_result import Blame
+from vlquant.forced import Answers, LogitsHead, compare_answers, forced_states
 from vlquant.hidden_states import HiddenStates
 from vlquant.model import Model
 
@@ -21,13 +21,11 @@ QUESTIONS = 48
 """Asked for the blame, evenly spread over those with pictures."""
 StatesOf = Callable[[int], Tensor]
 """Hidden states [answer tokens, hidden_size] after the last layer, by number of question."""
-NO_NOISE = 999.0
-"""Decibels that stand for infinitely many."""
 
 
 def find_blame(
     models: tuple[Model, Model], heads: tuple[LogitsHead, LogitsHead], prompts: tuple[HiddenStates, HiddenStates],
-    states: tuple[StatesOf, StatesOf], answers: Answers, *, step: Step,
+    states: tuple[StatesOf, StatesOf], answers: Answers, *, step: Callable[[int, int], None],
 ) -> Blame | None:  # fmt: skip
     """Mean divergence with only the vision tower, only the language model, and both as in the bundle; None without answers or finite numbers.
 
@@ -40,7 +38,7 @@ def find_blame(
     own = tuple([each(number) for number in chosen] for each in states)
     both = mean_divergence(heads, own, chosen)
     if all(torch.equal(prompts[0][number], prompts[1][number]) for number in chosen):
-        return Blame(len(chosen), None, both, both, None) if math.isfinite(both) else None
+        return Blame(len(chosen), None, both, both) if math.isfinite(both) else None
     layers, done, device = models[0].config.decoder.layers, 0, str(heads[0].norm.device)
 
     def count(*_: int) -> None:
@@ -55,7 +53,7 @@ def find_blame(
             apart.append(mean_divergence((heads[0], heads[model]), (own[0], mixed), chosen))
     if not all(map(math.isfinite, (*apart, both))):
         return None
-    return Blame(len(chosen), *apart, both, None)
+    return Blame(len(chosen), *apart, both)
 
 
 def spread(answers: Answers) -> dict[int, Sequence[int]]:
@@ -68,22 +66,3 @@ def mean_divergence(heads: tuple[LogitsHead, LogitsHead], states: tuple[Iterable
     """Mean over all answer tokens, in nats; infinite if the numbers of one model overflowed at all of them."""
     apart = torch.cat([each.divergence[each.finite] for each in compare_answers(heads, states, answers)])
     return float(apart.mean()) if len(apart) else math.inf
-
-
-def worst_tile(
-    keys: Sequence[str], places: Iterable[Tensor], prompts: tuple[HiddenStates, HiddenStates], tokens_per_tile: int
-) -> WorstTile | None:
-    """The tile whose visual tokens in the bundle's prompts are furthest from those in the reference's; None if all are the same.
-
-    keys: of the questions; places: bool [length], where visual tokens stand in each.
-    """
-    worst: WorstTile | None = None
-    for key, own, wanted, given in zip(keys, places, *prompts, strict=True):
-        pairs = zip(wanted[own].split(tokens_per_tile), given[own].split(tokens_per_tile), strict=True)
-        for tile, (right, found) in enumerate(pairs, 1):
-            noise = float((found - right).square().sum())
-            decibels = 10 * math.log10(float(right.square().sum()) / noise) if noise else NO_NOISE
-            if noise and (worst is None or decibels < worst.signal_to_noise):
-                cosine = float(torch.cosine_similarity(right, found, dim=1).min())
-                worst = WorstTile(key, tile, round(decibels, 2), round(cosine, 7))
-    return worst

@@ -16,7 +16,7 @@ from vlquant.check_folder import file_name, store_check
 from vlquant.check_options import CheckOptions
 from vlquant.check_result import FORMAT_VERSION, AskedSet, CheckResult, NoiseFloor
 from vlquant.comparison import Measured, encoded_answers, measure
-from vlquant.distributions import TokenComparison, summarize_tokens
+from vlquant.distributions import summarize_tokens
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.events import Event, Report, silent
 from vlquant.examination import Examination, Findings, Side
@@ -193,7 +193,7 @@ def conclude(
 ) -> CheckResult:  # fmt: skip
     """The verdict, with everything it rests on."""
     pairs = pairs_of(findings)
-    verdict = verdict_of(manifest, findings, measured.compared, options)
+    verdict = verdict_of(manifest, findings, measured, options)
     generated = generated_result(pairs)
     if generated is None and verdict.outcome == INCONCLUSIVE:
         verdict = replace(verdict, reason=NOT_SCORED, pictures_needed=None)
@@ -224,14 +224,14 @@ def conclude(
     )
 
 
-def verdict_of(manifest: Manifest, findings: Findings, compared: dict[int, TokenComparison], options: CheckOptions) -> Verdict:
-    """What structure, distributions and scores come to."""
+def verdict_of(manifest: Manifest, findings: Findings, measured: Measured, options: CheckOptions) -> Verdict:
+    """What structure, distributions, parts and scores come to."""
     pairs, bits = pairs_of(findings), manifest.recipe.get("average_bits") or manifest.recipe["bits"]
     margin = (MARGINS[manifest.recipe["bits"]] if options.max_drop is None else options.max_drop) / 100
-    tokens = answer_tokens(findings.asked, compared)
+    tokens = answer_tokens(findings.asked, measured.compared)
     return reach_verdict(
         differences(pairs), margin, kinds=kind_scores(pairs), structure=findings.structure,
-        distribution=judge_distribution(tokens, bits) if tokens else None,
+        distribution=judge_distribution(tokens, bits) if tokens else None, parts=measured.parts,
     )  # fmt: skip
 
 

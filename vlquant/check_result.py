@@ -15,7 +15,7 @@ from vlquant.errors import BrokenCheckpoint
 from vlquant.intervals import Interval
 from vlquant.verdict import FAIL, INCONCLUSIVE, PASS, KindVerdict, Verdict
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 EXIT_CODES = {PASS: 0, FAIL: 3, INCONCLUSIVE: 4}
 
 
@@ -105,20 +105,6 @@ class NoiseFloor:
 
 
 @dataclass(frozen=True)
-class WorstTile:
-    """The tile whose ONNX features are furthest from torch's."""
-
-    key: str
-    """The question it was seen in."""
-    tile: int
-    """Counted from 1."""
-    signal_to_noise: float
-    """Decibels; infinite ones are written as 999."""
-    cosine: float
-    """Of its worst visual token."""
-
-
-@dataclass(frozen=True)
 class Blame:
     """Where the divergence comes from, on some of the questions: mean nats with only one part as in the bundle."""
 
@@ -128,7 +114,6 @@ class Blame:
     language_model: float
     """Quantized language model behind torch vision."""
     both: float
-    tile: WorstTile | None
 
 
 @dataclass(frozen=True)

@@ -59,6 +59,11 @@ def print_numbers(result: CheckResult, console: Console) -> None:
         fact(console, "noise floor", f"{floor.changed} of {floor.questions} answers change, KL {words.nats(floor.divergence)} nats")
     if result.blame:
         fact(console, "comes from", blame_text(result.blame))
+    parts = result.verdict.parts
+    if parts.tile:
+        fact(console, "worst tile", words.tile_text(parts.tile))
+    if parts.layers:
+        fact(console, "layers", words.layers_text(parts.layers))
     if generated:
         fact(console, "faults", faults_text(result))
 
@@ -92,10 +97,7 @@ def kind_numbers(kind: KindResult) -> list[str]:
 def blame_text(blame: Blame) -> str:
     """Which part the divergence comes from, with its numbers."""
     vision = "not measured" if blame.vision is None else f"{words.nats(blame.vision)} nats"
-    text = f"vision {vision}, language model {words.nats(blame.language_model)}, both {words.nats(blame.both)}"
-    if blame.tile:
-        text += f"; worst tile {blame.tile.tile} of {blame.tile.key}: {words.decibels(blame.tile.signal_to_noise)}"
-    return text
+    return f"vision {vision}, language model {words.nats(blame.language_model)}, both {words.nats(blame.both)}"
 
 
 def faults_text(result: CheckResult) -> str:

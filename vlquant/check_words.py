@@ -1,9 +1,11 @@
 """What a check's findings are called and what they mean: the words that the terminal and the page share."""
 
 import re
+from collections.abc import Sequence
 
 from vlquant.check_result import AnswerFaults, Blame, CheckResult, KindResult
 from vlquant.intervals import Interval
+from vlquant.part_limits import LayerDistance, WorstTile
 from vlquant.verdict import (
     ACCURACY,
     DISTRIBUTION,
@@ -35,7 +37,7 @@ MEANINGS = {
 }
 GROUND_MEANINGS = {
     STRUCTURE: "The bundle is not shown what its reference is shown. That is a defect, whatever the scores say.",
-    DISTRIBUTION: "The bundle expects other words than its reference, by more than this many bits per weight should cost.",
+    DISTRIBUTION: "The bundle, or a part of it, is further from its reference than this many bits per weight should leave it.",
     ACCURACY: "The bundle answers worse than its reference by more than the margin, and chance does not explain it.",
 }
 FORCED_TEXTS = {
@@ -163,6 +165,19 @@ def blame_sentence(blame: Blame) -> str:
     if blame.language_model >= 2 * blame.vision:
         return "Most of it comes from the quantized language model."
     return "The vision tower and the language model both have their share."
+
+
+def tile_text(tile: WorstTile) -> str:
+    """The tile whose features differ most, beside what its precision keeps."""
+    found = f"{decibels(tile.signal_to_noise)}, cosine {tile.cosine:.7g}"
+    return f"{tile.tile} of {tile.key}: {found} ({tile.precision} keeps {tile.least_cosine:g})"
+
+
+def layers_text(layers: Sequence[LayerDistance]) -> str:
+    """The layer that is furthest from its reference's, beside plain rounding."""
+    worst = max(layers, key=lambda each: each.roundings)
+    times = f"{worst.roundings:.2f} times what plain rounding to the same bits would"
+    return f"layer {worst.layer} adds most: {times} (the limit is {worst.limit:g})"
 
 
 def fault_counts(faults: AnswerFaults) -> list[int]:

@@ -4,6 +4,7 @@ Hidden states lie in files, so that the float reference of a model needs no more
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,8 +22,22 @@ ROWS_AT_ONCE = 64
 """Answer tokens whose logits are in memory together: each has one per word of the vocabulary, in double precision."""
 Answers = Mapping[int, Sequence[int]]
 """Ids of an answer, stop token included, by the number of its prompt."""
-Step = Callable[[int, int], None]
-"""Hears how many layers are done, and of how many."""
+
+
+@dataclass(frozen=True)
+class LayerPassed:
+    """A layer that all answers have passed; its files lie there until whoever hears of it returns."""
+
+    index: int
+    layers: int
+    """How many there are."""
+    before: HiddenStates
+    """What went into it: a conversation [length, hidden_size] for each answer, in their order."""
+    after: HiddenStates
+
+
+Step = Callable[[LayerPassed], None]
+"""Hears of each layer that is done."""
 
 
 @torch.inference_mode()
@@ -31,7 +46,7 @@ def forced_states(
 ) -> HiddenStates:
     """Hidden states [answer tokens, hidden_size] after the last layer, where each token of each answer is predicted.
 
-    prompts: embedded prompts, visual tokens in place. Files are made in `folder`.
+    prompts: embedded prompts, visual tokens in place. Files are made in `folder`; `step` is told of each layer.
     """
     workspace, config, starts = Workspace(device), model.config.decoder, [prompts.lengths[index] for index in answers]
     states = stored(folder / "layer-00000.f32", embedded_answers(model, prompts, answers), prompts.width)
@@ -39,9 +54,10 @@ def forced_states(
         layer = load_layer(model, index, workspace)
         following = (run_layer(layer, rows.to(device), start) for rows, start in zip(states, starts, strict=True))
         after = stored(folder / f"layer-{index + 1:05}.f32", following, prompts.width)
+        del layer  # Whoever hears of it may load others.
+        step(LayerPassed(index, config.layers, states, after))
         states.path.unlink()
         states = after
-        step(index + 1, config.layers)
     ends = (rows[start - 1 :] for rows, start in zip(states, starts, strict=True))
     found = stored(folder / "answers.f32", ends, prompts.width)
     states.path.unlink()

@@ -71,18 +71,24 @@ def finite_layer(model: Model, index: int) -> Layer:
 def rounded_layers(model: Model, recipe: Recipe, *, start: int = 0, device: str = "cpu") -> Iterator[QuantizedLayer]:
     """Layers from `start` by a method that looks at nothing but weights; records hold errors of weights, not of outputs."""
     for index in range(start, model.config.decoder.layers):
-        tensors, records = {}, []
-        for name, tensor in finite_layer(model, index).items():
-            module, _, kind = name.rpartition(".")
-            if module not in LINEARS:
-                tensors[name] = tensor
-            elif kind == "bias":
-                tensors[name] = tensor if recipe.method == "bnb" else tensor.to(torch.float16)
-            else:
-                stored, error = round_weight(tensor, recipe, device)
-                tensors |= {f"{module}.{part}": each for part, each in stored.items()}
-                records.append(ModuleRecord(name=module, method=recipe.method, error=error, nearest_error=error, damping=None, fallback=False))
-        yield QuantizedLayer(tensors, records)
+        yield round_layer(finite_layer(model, index), dict.fromkeys(LINEARS, recipe), device)
+
+
+def round_layer(floats: Layer, recipes: Mapping[str, Recipe], device: str) -> QuantizedLayer:
+    """One layer, each linear by its own recipe of such a method."""
+    tensors, records = {}, []
+    for name, tensor in floats.items():
+        module, _, kind = name.rpartition(".")
+        if module not in LINEARS:
+            tensors[name] = tensor
+        elif kind == "bias":
+            tensors[name] = tensor.to(torch.float16) if recipes[module].packed_as_gptq else tensor
+        else:
+            stored, error = round_weight(tensor, recipes[module], device)
+            tensors |= {f"{module}.{part}": each for part, each in stored.items()}
+            method = recipes[module].method
+            records.append(ModuleRecord(name=module, method=method, error=error, nearest_error=error, damping=None, fallback=False))
+    return QuantizedLayer(tensors, records)
 
 
 def round_weight(weight: Tensor, recipe: Recipe, device: str) -> tuple[Layer, float | None]:

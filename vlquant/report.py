@@ -69,8 +69,7 @@ def page(result: CheckResult, cards: Sequence[Card]) -> str:
         tick=lambda share: typeset(f"{100 * share:+g}"),
         setting=setting,
     )
-    tile = result.blame.tile if result.blame else None
-    shown = [show_card(card, tile) for card in cards[:MOST_CARDS]]
+    shown = [show_card(card, result.verdict.parts.tile) for card in cards[:MOST_CARDS]]
     template = environment.from_string(resource("report.html.j2"))
     text = template.render(
         result=result,

@@ -9,7 +9,8 @@ from difflib import SequenceMatcher
 
 from PIL import Image
 
-from vlquant.check_result import Disagreement, WorstTile
+from vlquant.check_result import Disagreement
+from vlquant.part_limits import WorstTile
 from vlquant.tiling import Box
 
 LONGEST_SIDE = 640

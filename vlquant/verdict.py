@@ -18,6 +18,7 @@ from vlquant.intervals import (
     pictures_needed,
     ratio_values,
 )
+from vlquant.part_limits import PartDistances, part_faults
 
 PASS, FAIL, INCONCLUSIVE = "PASS", "FAIL", "INCONCLUSIVE"
 PASSED, FAILED, NOT_DECIDED, UNINFORMATIVE = "passed", "failed", "not decided", "uninformative"
@@ -125,6 +126,8 @@ class Verdict:
     """About how many would decide; only when INCONCLUSIVE, None if no number would."""
     kinds: tuple[KindVerdict, ...]
     distribution: Distribution | None
+    parts: PartDistances = PartDistances()
+    """Of layers and vision tower; those beyond their limits are grounds."""
 
 
 def reach_verdict(
@@ -134,17 +137,18 @@ def reach_verdict(
     kinds: Sequence[KindScores] = (),
     distribution: Distribution | None = None,
     structure: Sequence[str] = (),
+    parts: PartDistances = PartDistances(),
 ) -> Verdict:
     """FAIL on any ground, else PASS if the drop over all pictures is surely within `margin`, else INCONCLUSIVE.
 
     differences: per picture, -1 .. 1; structure: one sentence for each difference of prompt ids, tiles or stop ids.
-    Kinds that are not decided and distributions within their limits do not stand in the way of a PASS.
+    Kinds that are not decided, and distributions and parts within their limits, do not stand in the way of a PASS.
     """
     interval = paired_interval(differences)
     decided = decide(interval, margin)
     by_kind = judge_kinds(kinds, margin)
     grounds = [Ground(STRUCTURE, each) for each in structure]
-    grounds += [Ground(DISTRIBUTION, each) for each in distribution_faults(distribution)]
+    grounds += [Ground(DISTRIBUTION, each) for each in (*distribution_faults(distribution), *part_faults(parts))]
     if decided == FAIL:
         grounds.append(Ground(ACCURACY, f"over all pictures {drop_text(interval, margin, FAIL)}"))
     grounds += [Ground(ACCURACY, f"{each.kind}: {each.reason}") for each in by_kind if each.outcome == FAILED]
@@ -153,7 +157,9 @@ def reach_verdict(
     reason = "; ".join(f"{ground.name}: {ground.reason}" for ground in grounds) or drop_text(interval, margin, decided)
     if outcome == INCONCLUSIVE:
         reason += needed_text(needed, "pictures")
-    return Verdict(outcome, reason, tuple(grounds), interval, margin, len(differences), needed, by_kind, distribution)
+    return Verdict(
+        outcome, reason, tuple(grounds), interval, margin, len(differences), needed, by_kind, distribution, parts
+    )
 
 
 def decide(interval: Interval, margin: float) -> str:

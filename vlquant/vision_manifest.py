@@ -4,6 +4,7 @@ Knows no graph and runs nothing.
 """
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -17,6 +18,26 @@ FOLDERS = {"fp32": "vision", "fp16": "vision-fp16", "int8": "vision-int8"}
 """Where a bundle keeps its towers, by precision; each folder is an export of its own."""
 NAMES = {"float32": "fp32", "float16": "fp16", "int8": "int8"}
 """What precisions are called, by what manifests call them."""
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """How far a graph may be from torch in float32."""
+
+    difference: float
+    """Of any feature, as a share of the largest."""
+    cosine: float
+    """Least between the features of a tile, all tokens together."""
+
+
+ACCEPTED = {
+    # Float32 through 24 to 45 layers in another order of additions differs by 1e-6 to 1e-5 of the largest feature;
+    # the smallest mistake we could make, GELU by tanh, by 1e-4 and more.
+    "fp32": Accepted(1e-4, 0.999999),
+    # Weights and activations rounded at 5e-4; what is wrong rather than rounded is further away.
+    "fp16": Accepted(1e-2, 0.9999),
+    "int8": Accepted(0.25, 0.99),
+}
 
 
 class ParityRecord(Record):
