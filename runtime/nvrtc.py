@@ -7,7 +7,7 @@ import ctypes
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,9 +79,9 @@ def load_nvrtc(capability: tuple[int, int]) -> ctypes.CDLL:
     )
 
 
-def libraries() -> list[ctypes.CDLL]:
-    """Every NVRTC here that opens, in the order in which they are tried."""
-    return [library for library in map(_open, nvrtc_paths()) if library is not None]
+def libraries() -> Iterator[ctypes.CDLL]:
+    """Every NVRTC here that opens, in the order in which they are tried, each opened when it is its turn."""
+    return (library for library in map(_open, nvrtc_paths()) if library is not None)
 
 
 def known_architectures(library: ctypes.CDLL) -> list[int]:

@@ -131,7 +131,7 @@ class Checkpoint:
                 filled += count
         return torch.frombuffer(buffer, dtype=stored.dtype).reshape(stored.shape)
 
-    def open_rows(self, name: str) -> "Rows":
+    def open_rows(self, name: str) -> Rows:
         """A way to read some rows of a tensor, now and later: an embedding need not be in memory for its few words.
 
         Its file stays open, so that what takes its place meanwhile is not read for it. Raises BrokenCheckpoint as `read`.
