@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from vlquant.calib_data.batches import CELL_CLASSES
 from vlquant.config import ModelConfig
-from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, float_layer
+from vlquant.decoder import Decoder, FloatLinear, float_layer
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import MissingDependency
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.layout import EMBEDDING, HEAD, layer_prefix, tensor_shapes

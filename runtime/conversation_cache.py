@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, KeyValueCache, rope_depends_on_length
+from vlquant.decoder import Decoder, KeyValueCache
+from vlquant.rope import rope_depends_on_length
 from vlquant.runtime.native_decoder import NativeCache, NativeDecoder
 
 Cache = KeyValueCache | NativeCache

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import DecoderConfig
+from vlquant.decoder_config import DecoderConfig
 from vlquant.runtime.cuda_driver import MAX_WARPS, WARP, Card, Kernels, card_of, kernels_of
 
 ATTENTION_FILES = ("numbers", "attention")

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, DecoderConfig, KeyValueCache, LayerCache, attend, long_rope_scale
+from vlquant.decoder import Decoder, KeyValueCache, LayerCache, attend
+from vlquant.decoder_config import DecoderConfig
+from vlquant.rope import long_rope_scale
 from vlquant.runtime.cuda_attention import open_attention
 
 STEPS_BEFORE_CAPTURE = 3

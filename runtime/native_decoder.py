@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import LINEARS, DecoderConfig, Linear, positions_of, rms_norm, rotary_tables
+from vlquant.decoder import LINEARS, Linear, positions_of, rms_norm
+from vlquant.decoder_config import DecoderConfig
+from vlquant.rope import rotary_tables
 from vlquant.runtime.native import PANEL, Kernels, MatrixFields, PackedMatrix
 
 CHUNK = 256

@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.decoder import Decoder, rope_depends_on_length
+from vlquant.decoder import Decoder
+from vlquant.rope import rope_depends_on_length
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model
 from vlquant.request import EncodedRequest, Request, encode_answer

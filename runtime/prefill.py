@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from vlquant.decoder import Decoder, rope_depends_on_length
+from vlquant.decoder import Decoder
+from vlquant.rope import rope_depends_on_length
 from vlquant.runtime.conversation_cache import Cache
 from vlquant.runtime.native_decoder import NativeDecoder
 

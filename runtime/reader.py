@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vlquant.bundle import MANIFEST, find_bundle
 from vlquant.config import with_prompt_form
-from vlquant.decoder import DecoderConfig
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
 from vlquant.request import EncodedRequest, Request, encode_request

@@ -150,3 +150,14 @@ def copied(small_case, tmp_path) -> Path:
 def torch_kernels(monkeypatch):
     """Linears in float32, expanded: what compiled kernels are measured by."""
     monkeypatch.setenv("VLQUANT_KERNELS", "torch")
+
+
+@pytest.fixture(params=["avx2", "vnni"])
+def kernels(request):
+    """The compiled kernels, for each set of instructions that this processor has."""
+    from vlquant.runtime.native import CHOICES, Kernels, native_kernels
+
+    found = native_kernels()
+    if found is None or CHOICES[request.param] > found.instructions:
+        pytest.skip(f"no kernels for {request.param} here")
+    return Kernels(found.library._name, CHOICES[request.param])

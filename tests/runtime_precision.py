@@ -1,9 +1,10 @@
-"""What the runtime's own roundings cost: compiled kernels, a head in 8 bits, keys and values in 8 bits.
+"""What the runtime's own roundings cost: inputs of compiled kernels, a head in 8 bits, keys and values in 8 bits.
 
     PYTHONPATH=. python tests/runtime_precision.py FOLDER [--questions 200]
 
-One GPTQ-4 bundle of the demo model answers along the same answers (its own, computed exactly) in every way; the mean KL
-divergence from float32 arithmetic on the same packed weights is per answer token, in nats. Printed, for tests/RESULTS.md.
+A GPTQ-4 and a GPTQ-8 bundle of the demo model answer along the same answers (their own, computed exactly) in every way; the
+mean KL divergence from float32 arithmetic on the same packed weights is per answer token, in nats. Printed, for
+tests/RESULTS.md.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from vlquant.calib_data.check_sets import open_check_set
 from vlquant.export.vision import export_vision
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
+from vlquant.request import Request
 from vlquant.runtime import Generation, load
 
 WAYS = {
@@ -38,11 +40,24 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--questions", type=int, default=200)
     arguments = parser.parse_args()
-    bundles = {bits: quantize(demo_model(), recipe=Recipe(head_bits=bits), output=arguments.folder / f"head-{bits}") for bits in (8, 16)}
-    for bundle in bundles.values():
-        export_vision(bundle)
     groups = open_check_set("builtin", limit=arguments.questions, seed=1).groups()
     asked = [each.request for group in groups for each in group]
+    for bits in (4, 8):
+        compare(bundles_of(bits, arguments.folder), asked, f"GPTQ-{bits}")
+
+
+def bundles_of(bits: int, folder: Path) -> dict[int, Path]:
+    """Bundles whose weights have so many bits, by the bits of their head."""
+    made = {
+        head: quantize(demo_model(), recipe=Recipe(bits=bits, head_bits=head), output=folder / f"{bits}-head-{head}") for head in (8, 16)
+    }
+    for bundle in made.values():
+        export_vision(bundle)
+    return made
+
+
+def compare(bundles: dict[int, Path], asked: list[Request], title: str) -> None:
+    """Print a line for every way."""
     exact = opened(bundles[16], "torch")
     answers = [exact.ask(each, generation=Generation(max_new_tokens=64)).ids for each in asked]
     wanted = [exact.answer_logits([each], [ids])[0].double().log_softmax(-1) for each, ids in zip(asked, answers, strict=True)]
@@ -53,7 +68,10 @@ def main() -> None:
             apart.append((right.exp() * (right - found)).sum(-1))
             same.append(right.argmax(-1) == found.argmax(-1))
         apart, same = torch.cat(apart), torch.cat(same)
-        print(f"{name}: mean KL {apart.mean():.2e}, largest {apart.max():.2e}, same token {same.double().mean():.4%} of {len(same)}", flush=True)
+        print(
+            f"{title}, {name}: mean KL {apart.mean():.2e}, largest {apart.max():.2e}, same token {same.double().mean():.4%} of {len(same)}",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":

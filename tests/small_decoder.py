@@ -2,7 +2,8 @@
 
 import torch
 
-from vlquant.decoder import Decoder, DecoderConfig, FloatLinear, Rope, float_layer
+from vlquant.decoder import Decoder, FloatLinear, float_layer
+from vlquant.decoder_config import DecoderConfig, Rope
 
 CONFIG = DecoderConfig(
     hidden_size=32,

@@ -6,7 +6,7 @@ import json
 import pytest
 
 from vlquant.config import parse_config, read_config
-from vlquant.decoder import LongRope, Rope
+from vlquant.decoder_config import LongRope, Rope
 from vlquant.errors import BrokenCheckpoint, UnsupportedCheckpoint
 from vlquant.family import FAMILIES
 

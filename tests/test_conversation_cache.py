@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from vlquant.decoder import Decoder, LongRope, Rope
+from vlquant.decoder import Decoder
+from vlquant.decoder_config import LongRope, Rope
 from vlquant.runtime.conversation_cache import ConversationCache
 from vlquant.runtime.decode_step import DecodeStep, attend_stored
 from vlquant.runtime.generate import Decoding, Ending, Generation

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from vlquant.decoder import DecoderConfig, Rope, attend
+from vlquant.decoder import attend
+from vlquant.decoder_config import DecoderConfig, Rope
 from vlquant.members import MEMBERS
 from vlquant.runtime import cuda_attention
 from vlquant.runtime.cuda_attention import ATTENTION_FILES, DecodeAttention, attention_defines, open_attention, splits_of

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from vlquant.config import parse_config
-from vlquant.decoder import Decoder, FloatLinear, KeyValueCache, rotary_tables
+from vlquant.decoder import Decoder, FloatLinear, KeyValueCache
+from vlquant.rope import rotary_tables
 from vlquant.members import MEMBERS, member_config
 from vlquant.runtime import cuda_linear
 from vlquant.runtime.cuda_attention import ATTENTION_FILES, DecodeAttention, attention_defines

@@ -3,17 +3,8 @@
 import pytest
 import torch
 
-from vlquant.decoder import (
-    Decoder,
-    DecoderConfig,
-    FloatLinear,
-    KeyValueCache,
-    LongRope,
-    Rope,
-    attend,
-    float_layer,
-    visible_keys,
-)
+from vlquant.decoder import Decoder, FloatLinear, KeyValueCache, attend, float_layer, visible_keys
+from vlquant.decoder_config import DecoderConfig, LongRope, Rope
 
 transformers = pytest.importorskip("transformers", reason="compared with transformers' own classes")
 

@@ -6,7 +6,8 @@ import torch
 from vlquant.bnb import dequantize_nf4, quantize_nf4
 from vlquant.calib_data import demo_model
 from vlquant.calib_data.samples import draw_sample, sample_request
-from vlquant.decoder import DecoderConfig, KeyValueCache, Rope, attend
+from vlquant.decoder import KeyValueCache, attend
+from vlquant.decoder_config import DecoderConfig, Rope
 from vlquant.distributions import compare_logits, summarize_tokens
 from vlquant.packing import dequantize_gptq
 from vlquant.quantize import quantize

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from vlquant.decoder import rope_depends_on_length
+from vlquant.rope import rope_depends_on_length
 from vlquant.runtime.prefill import prefill
 
 EMPTY = SimpleNamespace(length=0)

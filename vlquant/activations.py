@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from vlquant.calibrate import CalibrationInputs
-from vlquant.decoder import DecoderLayer, Linear, rms_norm, rotary_tables
+from vlquant.decoder import DecoderLayer, Linear, rms_norm
+from vlquant.rope import rotary_tables
 from vlquant.hf_layout import STAGES
 
 LARGEST_NORM = 10.0

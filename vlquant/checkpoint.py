@@ -67,14 +67,14 @@ class StoredRows:
         """Rows [len(rows), ...] by number. Raises BrokenCheckpoint if their bytes are absent, IndexError if there is none such."""
         stored = self._stored
         wide = stored.nbytes // max(stored.shape[0], 1)
-        wanted, order = rows.unique(return_inverse=True)
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < stored.shape[0]:
-            raise IndexError(f"rows {int(wanted[0])} to {int(wanted[-1])} of a tensor that has {stored.shape[0]}")
-        found = [bytearray(self._read(stored.offset + row * wide, wide)) for row in wanted.tolist()]
-        if any(len(each) != wide for each in found):
+        numbers = rows.tolist()  # Indexing eight rows wakes torch's threads, which then spin for milliseconds beside the kernels.
+        if numbers and not 0 <= min(numbers) <= max(numbers) < stored.shape[0]:
+            raise IndexError(f"rows {min(numbers)} to {max(numbers)} of a tensor that has {stored.shape[0]}")
+        found = {row: bytearray(self._read(stored.offset + row * wide, wide)) for row in sorted(set(numbers))}
+        if any(len(each) != wide for each in found.values()):
             raise _truncated(stored.path)
-        tensors = [torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for each in found]
-        return torch.stack(tensors)[order] if tensors else torch.empty(0, *stored.shape[1:], dtype=stored.dtype)
+        tensors = {row: torch.frombuffer(each, dtype=stored.dtype).reshape(stored.shape[1:]) for row, each in found.items()}
+        return torch.stack([tensors[row] for row in numbers]) if tensors else torch.empty(0, *stored.shape[1:], dtype=stored.dtype)
 
     def _read(self, offset: int, size: int) -> bytes:
         if hasattr(os, "pread"):

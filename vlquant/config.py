@@ -6,7 +6,7 @@ from pathlib import Path
 
 from vlquant import hf_config
 from vlquant.checkpoint import read_json
-from vlquant.decoder import DecoderConfig, LongRope, Rope
+from vlquant.decoder_config import DecoderConfig, LongRope, Rope
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint
 from vlquant.family import FAMILIES, LanguageFamily
 from vlquant.prompt import IMAGE_CONTEXT, PROMPT_FORMS, Template, find_template, processor_form

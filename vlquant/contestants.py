@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from vlquant.config import ModelConfig
-from vlquant.decoder import DecoderConfig
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, VlquantError
 from vlquant.hf_layout import inexpressible
 from vlquant.layout import Shapes, tensor_shapes

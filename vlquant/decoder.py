@@ -4,15 +4,15 @@ Knows no checkpoint, kernel or text: the same layer serves calibration (float li
 and running (packed linears).
 """
 
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import InvalidRequest
+from vlquant.rope import rotary_tables, rotate
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -31,48 +31,6 @@ CACHE_DTYPES = {"cpu": torch.float32, "cuda": torch.float16}
 """How keys and values are stored: on a GPU in half the memory. Nothing is multiplied in float16."""
 
 
-@dataclass(frozen=True)
-class LongRope:
-    """Phi-3's "su" rope: frequencies divided by one list of factors up to `short_reach` positions, by another beyond."""
-
-    short_factors: tuple[float, ...]
-    """One per pair of features of a head, as are the long ones."""
-    long_factors: tuple[float, ...]
-    short_reach: int
-    """Positions the model was first trained for (original_max_position_embeddings)."""
-
-
-@dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding."""
-
-    theta: float
-    dynamic_factor: float | None = None
-    """Dynamic NTK factor, used beyond `max_positions`; None is plain rope."""
-    long: LongRope | None = None
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """Shape of a decoder; every value comes from the checkpoint's config.json."""
-
-    hidden_size: int
-    layers: int
-    heads: int
-    key_value_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    norm_eps: float
-    rope: Rope
-    max_positions: int
-    query_key_value_bias: bool = False
-    output_bias: bool = False
-    query_key_norm: bool = False
-    """RMSNorm over each query and key head (Qwen3)."""
-    tied_head: bool = False
-
-
 class FloatLinear:
     """`x @ weight.T + bias` with an ordinary float weight [out_features, in_features]."""
 
@@ -88,50 +46,6 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scaled = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     return weight * scaled.to(x.dtype)
-
-
-def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Tensor]:
-    """Cosines and sines [batch, 1, length, head_dim] (float32) of `positions` [batch, length].
-
-    Dynamic NTK enlarges the base as soon as a position lies beyond `max_positions` and again
-    whenever the sequence grows; long rope takes its long factors as soon as one lies beyond `short_reach`.
-    Cached keys keep their old rotation, as in the original InternLM2 and Phi-3.
-    """
-    base, width = config.rope.theta, config.head_dim
-    reach = int(positions.max()) + 1
-    factor, long = config.rope.dynamic_factor, config.rope.long
-    if factor and reach > config.max_positions:
-        stretch = factor * reach / config.max_positions - (factor - 1)
-        base = base * stretch ** (width / (width - 2))
-    exponents = torch.arange(0, width, 2, dtype=torch.float32, device=positions.device) / width
-    periods = base**exponents  # [head_dim / 2], in positions per radian
-    if long:
-        factors = long.long_factors if reach > long.short_reach else long.short_factors
-        periods = periods * torch.tensor(factors, device=positions.device)
-    angles = positions[..., None].float() / periods  # [batch, length, head_dim / 2]
-    angles = torch.cat((angles, angles), dim=-1)[:, None]
-    scale = long_rope_scale(long, config.max_positions) if long else 1.0
-    return angles.cos() * scale, angles.sin() * scale
-
-
-def long_rope_scale(long: LongRope, max_positions: int) -> float:
-    """What long rope multiplies cosines and sines with, in both regimes."""
-    stretch = max_positions / long.short_reach
-    return math.sqrt(1 + math.log(stretch) / math.log(long.short_reach)) if stretch > 1 else 1.0
-
-
-def rope_depends_on_length(config: DecoderConfig, length: int) -> bool:
-    """Whether positions of a sequence of `length` are rotated otherwise than in a shorter one."""
-    dynamic, long = config.rope.dynamic_factor, config.rope.long
-    return bool(dynamic and length > config.max_positions or long and length > long.short_reach)
-
-
-def rotate(x: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Apply rope to `x` [batch, heads, length, head_dim], pairing feature i with i + head_dim / 2."""
-    cosines, sines = rotary
-    first, second = x.chunk(2, dim=-1)
-    turned = torch.cat((-second, first), dim=-1)
-    return (x * cosines + turned * sines).to(x.dtype)
 
 
 def positions_of(attention_mask: Tensor, length: int) -> Tensor:

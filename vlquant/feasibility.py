@@ -8,7 +8,8 @@ import torch
 from vlquant.bundle import MANIFEST
 from vlquant.calibrate import CLASSES, CalibrationInputs
 from vlquant.config import ModelConfig, quantization_settings
-from vlquant.decoder import LINEARS, DecoderConfig
+from vlquant.decoder import LINEARS
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import InvalidRecipe, InvalidRequest
 from vlquant.events import Event, Report
 from vlquant.hf_layout import inexpressible

@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vlquant.decoder import DecoderLayer, LayerCache, rms_norm, rope_depends_on_length, rotary_tables
+from vlquant.decoder import DecoderLayer, LayerCache, rms_norm
+from vlquant.rope import rope_depends_on_length, rotary_tables
 from vlquant.distributions import TokenComparison, compare_logits
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.hidden_states import HiddenStates, write_states

@@ -7,7 +7,7 @@ import gguf
 import numpy as np
 
 from vlquant.config import ModelConfig
-from vlquant.decoder import DecoderConfig
+from vlquant.decoder_config import DecoderConfig
 
 BLOCK = 32
 """Columns that share a scale."""

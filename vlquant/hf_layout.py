@@ -9,7 +9,9 @@ from pathlib import Path
 
 from vlquant.bundle import StageNoise
 from vlquant.config import ChatConfig, ModelConfig
-from vlquant.decoder import LINEARS, DecoderConfig, long_rope_scale
+from vlquant.decoder import LINEARS
+from vlquant.decoder_config import DecoderConfig
+from vlquant.rope import long_rope_scale
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.hf_config import TEXT_CLASSES
 from vlquant.prompt import IMAGE_CONTEXT, IMAGE_END, IMAGE_START, Template

@@ -1,7 +1,8 @@
 """Which tensors a model consists of, by canonical name and shape, float or quantized. Reads nothing."""
 
 from vlquant.config import ModelConfig
-from vlquant.decoder import LINEARS, NORMS, DecoderConfig
+from vlquant.decoder import LINEARS, NORMS
+from vlquant.decoder_config import DecoderConfig
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.vision import VisionConfig
 

@@ -8,7 +8,9 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from vlquant.config import ModelConfig
-from vlquant.decoder import LINEARS, DecoderConfig, rope_depends_on_length
+from vlquant.decoder import LINEARS
+from vlquant.decoder_config import DecoderConfig
+from vlquant.rope import rope_depends_on_length
 from vlquant.layout import EMBEDDING, HEAD, Shapes, language_shapes, layer_shapes, projector_shapes, vision_shapes
 from vlquant.runtime.native import BLOCK
 from vlquant.runtime.native_decoder import CHUNK, HEAD_DIM_MULTIPLE

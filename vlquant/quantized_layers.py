@@ -14,7 +14,8 @@ from vlquant import bnb, gptq
 from vlquant.activations import ENDS_OF_HALVES, JudgingInputs, SeenInputs, WatchedLinear, pass_on, record_inputs, watched
 from vlquant.bundle import LayerRange, ModuleRecord, StageNoise
 from vlquant.calibrate import CLASSES, CalibrationInputs
-from vlquant.decoder import LINEARS, DecoderConfig, FloatLinear, float_layer
+from vlquant.decoder import LINEARS, FloatLinear, float_layer
+from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import BrokenCheckpoint
 from vlquant.hf_layout import STAGES
 from vlquant.model import Model

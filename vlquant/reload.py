@@ -13,7 +13,8 @@ from torch import Tensor
 
 from vlquant.calib_data.samples import sample_request, samples
 from vlquant.calibrate import VisionWeights
-from vlquant.decoder import rms_norm, rotary_tables
+from vlquant.decoder import rms_norm
+from vlquant.rope import rotary_tables
 from vlquant.errors import VlquantError
 from vlquant.family import LANGUAGE_MODEL
 from vlquant.model import Model, open_model

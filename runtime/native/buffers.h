@@ -2,9 +2,7 @@
 
 enum { QUERIES = 8 }; /* that a member attends with at a time */
 
-typedef struct { int64_t queries, keys, gate, scores, row, inputs, chunks; } Sizes;
-
-static inline int64_t chunks_of(int64_t columns) { return (columns + CHUNK - 1) / CHUNK; }
+typedef struct { int64_t queries, keys, gate, scores, row, inputs; } Sizes;
 
 static inline int64_t whole(int64_t floats) { return (floats + 31) / 32 * 32; }
 
@@ -17,7 +15,6 @@ static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t len
     return (Sizes){
         .queries = rows * width, .keys = rows * stack->key_value_heads * stack->head_dim, .gate = rows * widest,
         .scores = threads * QUERIES * cache->capacity, .row = threads * stack->hidden_size, .inputs = rows * widest,
-        .chunks = rows * chunks_of(widest),
     };
 }
 
@@ -28,12 +25,24 @@ static inline float *take(float **scratch, int64_t floats)
     return taken;
 }
 
-/* count: rows * columns; chunks: rows * chunks_of(columns). */
-static inline Inputs take_inputs(float **scratch, int64_t count, int64_t chunks)
+/* count: rows * columns. */
+static inline Inputs take_inputs(float **scratch, int64_t count, int bytes)
 {
-    int8_t *codes = (int8_t *)take(scratch, (count + 1) / 2);
-    float *scales = take(scratch, chunks);
-    return (Inputs){codes, scales, (int32_t *)take(scratch, CHUNK / BLOCK * chunks)};
+    int8_t *codes = (int8_t *)take(scratch, count / 4 * bytes);
+    float *scales = take(scratch, count / BLOCK);
+    return (Inputs){codes, scales, (int32_t *)take(scratch, count / BLOCK)};
 }
 
-static inline int64_t floats_of_inputs(int64_t count, int64_t chunks) { return whole((count + 1) / 2) + whole(chunks) + whole(CHUNK / BLOCK * chunks); }
+static inline Forms take_forms(float **scratch, int64_t count)
+{
+    Inputs narrow = take_inputs(scratch, count, 1);
+    return (Forms){narrow, take_inputs(scratch, count, 2), 0, 0};
+}
+
+static inline int64_t floats_of_forms(int64_t count) { return whole(count / 4) + whole(count / 2) + 4 * whole(count / BLOCK); }
+
+static inline void want_form(Forms *forms, const Matrix *matrix)
+{
+    if (matrix->bits == 8) forms->wants_wide = 1;
+    else forms->wants_narrow = 1;
+}

@@ -43,12 +43,12 @@ int64_t vlquant_stack_scratch(const Stack *stack, const Cache *cache, int64_t le
 {
     Sizes size = sizes_of(stack, cache, length, team->size);
     return whole(size.queries) + 2 * whole(size.keys) + 2 * whole(size.gate) + whole(size.scores) + whole(size.row)
-        + floats_of_inputs(size.inputs, size.chunks);
+        + floats_of_forms(size.inputs);
 }
 
 int64_t vlquant_product_scratch(const Matrix *matrix, int64_t rows)
 {
-    return floats_of_inputs(rows * matrix->columns, rows * chunks_of(matrix->columns));
+    return floats_of_forms(rows * matrix->columns);
 }
 
 /* instructions: as found above, or fewer. */

@@ -13,7 +13,10 @@ typedef int32_t four_bytes_at __attribute__((aligned(1), may_alias));
 
 #define INLINE static inline __attribute__((always_inline))
 
-enum { PARTS = PANEL / LANES };
+/* Arrays of registers stay in registers only where the loops over them are gone. */
+#define UNROLLED _Pragma("GCC unroll 16")
+
+enum { PARTS = PANEL / LANES, QUADS = BLOCK / 4 };
 
 INLINE floats read_floats(const float *from) { return *(const floats_at *)from; }
 INLINE void write_floats(float *to, floats value) { *(floats_at *)to = value; }
@@ -23,6 +26,7 @@ INLINE floats read_cached(const void *from, int64_t index, const int in_bytes)
     if (!in_bytes) return read_floats((const float *)from + index);
     return __builtin_convertvector(*(const few_bytes_at *)((const int8_t *)from + index), floats);
 }
+INLINE void write_bytes(int8_t *to, few_bytes value) { *(few_bytes_at *)to = value; }
 INLINE int four_bytes(const int8_t *from) { return *(const four_bytes_at *)from; }
 INLINE floats all_floats(float value) { return value - (floats){0}; }
 INLINE ints all_ints(int value) { return value - (ints){0}; }
@@ -69,12 +73,14 @@ INLINE floats exponential(floats value)
 INLINE float largest_lane(floats value) { return _mm512_reduce_max_ps((__m512)value); }
 INLINE int sum_ints(ints value) { return _mm512_reduce_add_epi32((__m512i)value); }
 
-/* One product of four unsigned by four signed bytes per lane, added to `sum`; the signed ones are the same in all lanes. */
-INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
+/* To `sum`, products of 32 unsigned by 32 signed bytes for each lane; the signed ones are the same for all lanes. */
+INLINE ints dot_block(ints sum, const bytes *codes, const int8_t *inputs, const int wide)
 {
-    return (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, _mm512_set1_epi32(inputs));
+    (void)wide;
+    UNROLLED for (int quad = 0; quad < QUADS; quad++)
+        sum = (ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes[quad], _mm512_set1_epi32(four_bytes(inputs + 4 * quad)));
+    return sum;
 }
-INLINE ints dot(ints sum, bytes codes, int inputs, const int wide) { (void)wide; return dot_bytes(sum, codes, inputs); }
 #define WIDE_ZERO 128
 
 INLINE floats read_halves(const uint16_t *from)
@@ -97,23 +103,22 @@ INLINE int sum_ints(ints value)
     return _mm_cvtsi128_si32(_mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1)));
 }
 
-/* Codes below 16: pairs of products stay far below what 16 bits hold. */
-INLINE ints dot_bytes(ints sum, bytes codes, int inputs)
+/* The same. Of codes below 16 the sums of 16 products are below what 16 bits hold: 16 * 15 * 127 = 30,480. Codes of 8 bits
+   would saturate pairs of products: their magnitudes times inputs of their sign do not. */
+INLINE ints dot_block(ints sum, const bytes *codes, const int8_t *inputs, const int wide)
 {
-    __m256i pairs = _mm256_maddubs_epi16((__m256i)codes, _mm256_set1_epi32(inputs));
-    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-
-/* Codes of 8 bits would saturate pairs of products: their magnitudes times inputs of their sign do not. */
-INLINE ints dot_wide_bytes(ints sum, bytes codes, int inputs)
-{
-    __m256i own = _mm256_xor_si256((__m256i)codes, _mm256_set1_epi8(-128));
-    __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(_mm256_set1_epi32(inputs), own));
-    return sum + (ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
-}
-INLINE ints dot(ints sum, bytes codes, int inputs, const int wide)
-{
-    return wide ? dot_wide_bytes(sum, codes, inputs) : dot_bytes(sum, codes, inputs);
+    __m256i few = _mm256_setzero_si256(), ones = _mm256_set1_epi16(1);
+    UNROLLED for (int quad = 0; quad < QUADS; quad++) {
+        __m256i own = (__m256i)codes[quad], four = _mm256_set1_epi32(four_bytes(inputs + 4 * quad));
+        if (!wide) {
+            few = _mm256_add_epi16(few, _mm256_maddubs_epi16(own, four));
+            continue;
+        }
+        own = _mm256_xor_si256(own, _mm256_set1_epi8(-128));
+        __m256i pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(own), _mm256_sign_epi8(four, own));
+        sum += (ints)_mm256_madd_epi16(pairs, ones);
+    }
+    return wide ? sum : sum + (ints)_mm256_madd_epi16(few, ones);
 }
 #define WIDE_ZERO 0
 

@@ -1,10 +1,9 @@
 /* What Python hands over: the fields and their order are those of runtime/native.py and runtime/native_decoder.py. */
 
-enum { LAYOUT = 2 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
+enum { LAYOUT = 3 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
 enum {
     PANEL = 16,  /* rows of a matrix that lie side by side */
     BLOCK = 32,  /* columns of it that lie together */
-    CHUNK = 128, /* inputs that share a scale */
 };
 
 typedef struct {
@@ -45,9 +44,15 @@ typedef struct {
     int64_t length, past;  /* new positions, and those in the cache */
 } Step;
 
-/* Inputs of a matrix as 255 * coarse + fine, with one scale per CHUNK of them. */
+/* Inputs of a matrix, BLOCK of them with one scale: bytes, or 255 * coarse + fine. */
 typedef struct {
-    int8_t *codes; /* [groups of rows][columns / 4][rows of the group][4 coarse, 4 fine]: see matmul.h, group_of */
-    float *scales; /* [rows][chunks_of(columns)] */
-    int32_t *sums; /* [rows][chunks_of(columns)][CHUNK / BLOCK]: of the inputs of a chunk, up to the end of each block */
+    int8_t *codes;   /* [groups of rows][blocks][rows of the group][32, or 32 fine, 32 coarse]: see matmul.h, group_of */
+    float *scales;   /* [groups of rows][blocks][rows of the group] */
+    int32_t *starts; /* the same: where sums of products begin, which is minus the code of a zero times the sum of the inputs */
 } Inputs;
+
+/* Narrow ones for codes of 4 bits, wide ones for codes of 8, as far as matrices that share inputs want them. */
+typedef struct {
+    Inputs narrow, wide;
+    int wants_narrow, wants_wide;
+} Forms;

@@ -10,9 +10,9 @@ static void rms_norm(const float *row, const float *weight, int64_t columns, flo
         write_floats(result + i, read_floats(weight + i) * (read_floats(row + i) * scale));
 }
 
-/* Rows in bytes, each normalised first where there is a norm; the team meets afterwards. */
+/* Rows as inputs, each normalised first where there is a norm; the team meets afterwards. */
 static void prepare(Team *team, const float *rows, int64_t count, int64_t columns, const float *norm, float eps,
-                           float *scratch, const Inputs *inputs)
+                           float *scratch, const Forms *inputs)
 {
     for (int64_t row; (row = draw(team)) < count;) {
         const float *own = rows + row * columns;
@@ -22,8 +22,8 @@ static void prepare(Team *team, const float *rows, int64_t count, int64_t column
     meet(team);
 }
 
-/* silu(gate) * up in bytes, in pieces of columns so that a single row is shared too; the team meets afterwards. */
-static void prepare_gated(Team *team, float *gate, const float *up, int64_t count, int64_t columns, const Inputs *inputs)
+/* silu(gate) * up as inputs, in pieces of columns so that a single row is shared too; the team meets afterwards. */
+static void prepare_gated(Team *team, float *gate, const float *up, int64_t count, int64_t columns, const Forms *inputs)
 {
     enum { PIECE = 512 };
     int64_t pieces = (columns + PIECE - 1) / PIECE;
@@ -95,7 +95,7 @@ typedef struct {
     const Stack *stack;
     const Cache *cache;
     const Step *step;
-    Inputs inputs;
+    Forms inputs;
     float *queries, *keys, *values, *gate, *up, *scores, *row;
 } Run;
 
@@ -128,7 +128,7 @@ typedef struct {
     const float *values;
     float *outputs;
     int64_t rows;
-    Inputs inputs;
+    Forms inputs;
 } Product;
 
 static void multiply_member(Team *team, int member, void *argument)
@@ -151,13 +151,18 @@ void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *s
     run.up = take(&scratch, size.gate);
     run.scores = take(&scratch, size.scores);
     run.row = take(&scratch, size.row);
-    run.inputs = take_inputs(&scratch, size.inputs, size.chunks);
+    run.inputs = take_forms(&scratch, size.inputs);
+    for (const Layer *layer = stack->layers; layer < stack->layers + stack->layer_count; layer++) {
+        const Matrix *own[] = {&layer->query, &layer->key, &layer->value, &layer->output, &layer->gate, &layer->up, &layer->down};
+        for (size_t i = 0; i < sizeof own / sizeof *own; i++) want_form(&run.inputs, own[i]);
+    }
     work(team, run_member, &run);
 }
 
 /* outputs [rows][matrix rows] of values [rows][columns]. */
 void RUN_PRODUCT(Team *team, const Matrix *matrix, const float *values, int64_t rows, float *outputs, float *scratch)
 {
-    Product of = {matrix, values, outputs, rows, take_inputs(&scratch, rows * matrix->columns, rows * chunks_of(matrix->columns))};
+    Product of = {matrix, values, outputs, rows, take_forms(&scratch, rows * matrix->columns)};
+    want_form(&of.inputs, matrix);
     work(team, multiply_member, &of);
 }

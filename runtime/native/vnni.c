@@ -9,7 +9,7 @@
 #endif
 #define WITH_VNNI
 #define LANES 16
-#define TILE_ROWS 8
+#define TILE_ROWS 16
 #define RUN_STACK run_stack_vnni
 #define RUN_PRODUCT run_product_vnni
 
