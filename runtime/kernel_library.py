@@ -5,7 +5,7 @@ import importlib.util
 
 from vlquant.errors import VlquantError
 
-LAYOUT = 3
+LAYOUT = 4
 """LAYOUT of runtime/native/model.h, to be raised there and here with every change of what Python hands over."""
 
 

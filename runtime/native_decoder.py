@@ -10,7 +10,7 @@ from torch import Tensor
 from vlquant.decoder import LINEARS, Linear, positions_of, rms_norm
 from vlquant.decoder_config import DecoderConfig
 from vlquant.rope import rotary_tables
-from vlquant.runtime.native import PANEL, Kernels, MatrixFields, PackedMatrix
+from vlquant.runtime.native import PANEL, Kernels, MatrixFields, NativeLinear, PackedMatrix
 
 CHUNK = 256
 """Positions of a prompt that go through all layers together: more would not make products faster, and take memory."""
@@ -32,7 +32,7 @@ class StackFields(Structure):
     _fields_ = [
         ("layers", POINTER(LayerFields)),
         *((name, c_int64) for name in ("layer_count", "hidden_size", "heads", "key_value_heads", "head_dim", "intermediate_size")),
-        ("norm_eps", c_float),
+        ("norm_eps", c_float), ("norm", c_void_p), ("head", MatrixFields),
     ]  # fmt: skip
 
 
@@ -47,7 +47,7 @@ class CacheFields(Structure):
 class StepFields(Structure):
     """`Step` of runtime/native/model.h."""
 
-    _fields_ = [(name, c_void_p) for name in ("hidden", "cosines", "sines", "starts")] + [
+    _fields_ = [(name, c_void_p) for name in ("hidden", "logits", "cosines", "sines", "starts")] + [
         (name, c_int64) for name in ("length", "past")
     ]
 
@@ -121,7 +121,10 @@ class NativeDecoder:
         self._embedding, self._layers = embedding, layers
         self._layer_fields = (LayerFields * len(layers))(*(each.fields() for each in layers))
         shape = (config.hidden_size, config.heads, config.key_value_heads, config.head_dim, config.intermediate_size)
-        self._stack = StackFields(self._layer_fields, len(layers), *shape, config.norm_eps)
+        self._packed_head = head.matrix if isinstance(head, NativeLinear) else None
+        end = config.norm_eps, norm.data_ptr(), self._packed_head.fields() if self._packed_head else MatrixFields()
+        self._stack = StackFields(self._layer_fields, len(layers), *shape, *end)
+        self._no_layers = StackFields(self._layer_fields, 0, *shape, *end)
 
     def embed(self, ids: Tensor) -> Tensor:
         """Token embeddings [batch, length, hidden_size] of `ids` [batch, length]."""
@@ -148,6 +151,8 @@ class NativeDecoder:
         mask = torch.ones(batch, total, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
         rotary = [each[:, 0] for each in rotary_tables(positions_of(mask, length), self.config)]  # [batch, length, head_dim]
         starts = mask.long().argmax(-1)
+        if length == 1 and self._packed_head:
+            return self.run_layers(embeddings, *rotary, starts, cache, with_logits=True)
         hidden = [
             self.run_layers(rows, cosines, sines, starts, cache)
             for rows, cosines, sines in zip(embeddings.float().split(CHUNK, 1), *(each.split(CHUNK, 1) for each in rotary), strict=True)
@@ -155,15 +160,27 @@ class NativeDecoder:
         wanted = torch.cat(hidden, dim=1) if all_positions else hidden[-1][:, -1:]
         return self.logits(wanted)
 
-    def run_layers(self, embeddings: Tensor, cosines: Tensor, sines: Tensor, starts: Tensor, cache: NativeCache) -> Tensor:
-        """Hidden states [batch, length, hidden_size] after the last layer; the new positions are in the cache then."""
-        hidden = embeddings.clone(memory_format=torch.contiguous_format)
-        tensors = hidden, cosines.contiguous(), sines.contiguous(), starts
-        step = StepFields(*(each.data_ptr() for each in tensors), hidden.shape[1], cache.length)
+    def run_layers(
+        self, embeddings: Tensor, cosines: Tensor, sines: Tensor, starts: Tensor, cache: NativeCache, *, with_logits: bool = False
+    ) -> Tensor:
+        """Hidden states [batch, length, hidden_size] after the last layer, or their logits; the new positions are in the cache then."""
+        hidden = embeddings.float().clone(memory_format=torch.contiguous_format)
+        logits = self._room_for_logits(hidden) if with_logits else None
+        tensors = hidden, logits, cosines.contiguous(), sines.contiguous(), starts
+        step = StepFields(*(None if each is None else each.data_ptr() for each in tensors), hidden.shape[1], cache.length)
         self.kernels.run_stack(self._stack, cache.fields(), step)
         cache.length += hidden.shape[1]
-        return hidden
+        return hidden if logits is None else logits[..., : self._packed_head.rows]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits float32 [batch, length, vocab] of hidden states."""
-        return self.head(rms_norm(hidden, self.norm, self.config.norm_eps)).float()
+        if self._packed_head is None:
+            return self.head(rms_norm(hidden, self.norm, self.config.norm_eps)).float()
+        hidden = hidden.contiguous()
+        logits, rows = self._room_for_logits(hidden), hidden.shape[:-1].numel()
+        step = StepFields(hidden.data_ptr(), logits.data_ptr(), None, None, None, 1, 0)
+        self.kernels.run_stack(self._no_layers, CacheFields(batch=rows), step)
+        return logits[..., : self._packed_head.rows]
+
+    def _room_for_logits(self, hidden: Tensor) -> Tensor:
+        return torch.empty(*hidden.shape[:-1], PANEL * len(self._packed_head.codes))

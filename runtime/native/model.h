@@ -1,6 +1,6 @@
 /* What Python hands over: the fields and their order are those of runtime/native.py and runtime/native_decoder.py. */
 
-enum { LAYOUT = 3 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
+enum { LAYOUT = 4 }; /* raise it here and in runtime/kernel_library.py with every change of this file or of what kernels.c takes */
 enum {
     PANEL = 16,  /* rows of a matrix that lie side by side */
     BLOCK = 32,  /* columns of it that lie together */
@@ -27,6 +27,8 @@ typedef struct {
     const Layer *layers;
     int64_t layer_count, hidden_size, heads, key_value_heads, head_dim, intermediate_size;
     float norm_eps;
+    const float *norm; /* [hidden_size]: before the head */
+    Matrix head;
 } Stack;
 
 typedef struct {
@@ -38,6 +40,7 @@ typedef struct {
 
 typedef struct {
     float *hidden;        /* [batch * length][hidden_size]; transformed in place */
+    float *logits;        /* [batch * length][rows of the head], or NULL: not wanted */
     const float *cosines; /* [batch * length][head_dim], as are the sines */
     const float *sines;
     const int64_t *starts; /* [batch]: positions before these are padding */

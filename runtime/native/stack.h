@@ -95,7 +95,7 @@ typedef struct {
     const Stack *stack;
     const Cache *cache;
     const Step *step;
-    Forms inputs;
+    Forms inputs, head_inputs; /* in the same memory */
     float *queries, *keys, *values, *gate, *up, *scores, *row;
 } Run;
 
@@ -121,6 +121,9 @@ static void run_member(Team *team, int member, void *argument)
         prepare_gated(team, run->gate, run->up, rows, stack->intermediate_size, &run->inputs);
         multiply(team, (const Matrix *[]){&layer->down}, (float *const *)&step->hidden, 1, &run->inputs, rows, 1);
     }
+    if (!step->logits) return;
+    prepare(team, step->hidden, rows, hidden, stack->norm, stack->norm_eps, scratch, &run->head_inputs);
+    multiply(team, (const Matrix *[]){&stack->head}, (float *const *)&step->logits, 1, &run->head_inputs, rows, 0);
 }
 
 typedef struct {
@@ -139,7 +142,7 @@ static void multiply_member(Team *team, int member, void *argument)
     multiply(team, &of->matrix, &of->outputs, 1, &of->inputs, of->rows, 0);
 }
 
-/* Transform the hidden states of a step in place, and fill the cache. */
+/* Transform the hidden states of a step in place, fill the cache, and compute logits where they are wanted. */
 void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *step, float *scratch)
 {
     Run run = {.stack = stack, .cache = cache, .step = step};
@@ -151,7 +154,8 @@ void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *s
     run.up = take(&scratch, size.gate);
     run.scores = take(&scratch, size.scores);
     run.row = take(&scratch, size.row);
-    run.inputs = take_forms(&scratch, size.inputs);
+    run.inputs = run.head_inputs = take_forms(&scratch, size.inputs);
+    if (step->logits) want_form(&run.head_inputs, &stack->head);
     for (const Layer *layer = stack->layers; layer < stack->layers + stack->layer_count; layer++) {
         const Matrix *own[] = {&layer->query, &layer->key, &layer->value, &layer->output, &layer->gate, &layer->up, &layer->down};
         for (size_t i = 0; i < sizeof own / sizeof *own; i++) want_form(&run.inputs, own[i]);
