@@ -1,7 +1,7 @@
 """Products with packed codes and whole decoder steps, compiled: tensors in and out of runtime/native/*.c by ctypes.
 
 Inputs are rounded to twice as many bits as the codes have, one scale for 32 of them; sums of these are exact integers,
-then float32. Beside codes of 8 bits that is what float32 gives; beside codes of 4 it costs a hundredth of what they cost.
+then float32. Beside codes of 8 bits that is what float32 gives; beside codes of 4 it costs a fiftieth of what they cost.
 Built when vlquant is installed, if there is a C compiler; for x86-64 processors with AVX2, better with AVX-512 VNNI.
 """
 

@@ -1,8 +1,8 @@
 /* Packed codes times inputs in twice as many bits, for any number of rows of inputs.
 
    A panel holds 16 rows of a matrix; a register holds 4 columns of each of them, so a sum of products needs no sum over
-   lanes. Inputs have one scale for 32 of them: bytes beside codes of 4 bits, whose error is 70 times theirs; beside codes
-   of 8 bits, 255 * coarse + fine, both bytes, which leaves results those of float inputs. */
+   lanes. Inputs have one scale for 32 of them: bytes beside codes of 4 bits, which cost fifty times as much; beside codes of
+   8 bits, 255 * coarse + fine, both bytes, which leaves results those of float inputs. */
 
 /* How far ahead several rows fetch: the processor does so to the end of a page only, and they took 1.2 times as long. A single
    row is as fast without. */
