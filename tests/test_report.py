@@ -268,6 +268,8 @@ def test_differences_are_marked():
     endless, _ = mark_differences("a " * 5000, "b " * 5000)
     assert sum(len(text) for text, _ in endless) < MOST_CHARACTERS + 40
     assert endless[-1] == (f" … and {10000 - MOST_CHARACTERS:,} more characters", False)
+    looped, _ = mark_differences("so " + "the a " * 400 + "end", "so " + "a the " * 300 + "end")
+    assert looped[0] == ("so ", False) and any(apart for _, apart in looped)
 
 
 def test_bars_are_cut_at_the_scale_and_say_so():

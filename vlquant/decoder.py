@@ -4,6 +4,7 @@ Knows no checkpoint, kernel or text: the same layer serves calibration (float li
 and running (packed linears).
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -124,6 +125,12 @@ class KeyValueCache:
     def length(self) -> int:
         """Positions stored so far."""
         return self.layers[0].length
+
+    def row(self, index: int, start: int) -> "KeyValueCache":
+        """What one row has from position `start` on, in the same memory, with nothing in it."""
+        row = copy.copy(self)
+        row.layers = [LayerCache(*(kept[index : index + 1, :, start:] for kept in (each.keys, each.values))) for each in self.layers]
+        return row
 
     def keep(self, length: int, capacity: int) -> None:
         """Forget all but the first `length` positions and have room for `capacity`; a layer at a time may lie there twice."""

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os.path
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -144,7 +145,7 @@ def mark_differences(first: str, second: str) -> tuple[tuple[Run, ...], tuple[Ru
     characterwise = max(len(first), len(second)) <= CHARACTERWISE
     pieces = [split(text[:MOST_CHARACTERS], characterwise=characterwise) for text in (first, second)]
     marked: tuple[list[Run], list[Run]] = ([], [])
-    for kind, *bounds in SequenceMatcher(None, *pieces, autojunk=False).get_opcodes():
+    for kind, *bounds in matched(*pieces):
         for runs, own, (low, high) in zip(marked, pieces, (bounds[:2], bounds[2:]), strict=True):
             if low < high:
                 runs.append(("".join(own[low:high]), kind != "equal"))
@@ -152,6 +153,20 @@ def mark_differences(first: str, second: str) -> tuple[tuple[Run, ...], tuple[Ru
         if len(text) > MOST_CHARACTERS:
             runs.append((f" … and {len(text) - MOST_CHARACTERS:,} more characters", False))
     return tuple(marked[0]), tuple(marked[1])
+
+
+def matched(first: list[str], second: list[str]) -> list[tuple[str, int, int, int, int]]:
+    """Opcodes as SequenceMatcher has them.
+
+    Pieces that are everywhere count for nothing between what the texts begin and end with in common: a model that repeats
+    itself would take minutes.
+    """
+    start = len(os.path.commonprefix([first, second]))
+    end = len(os.path.commonprefix([first[start:][::-1], second[start:][::-1]]))
+    stops = len(first) - end, len(second) - end
+    middle = SequenceMatcher(None, first[start : stops[0]], second[start : stops[1]]).get_opcodes()
+    between = [(kind, *(start + bound for bound in bounds)) for kind, *bounds in middle]
+    return [("equal", 0, start, 0, start), *between, ("equal", stops[0], len(first), stops[1], len(second))]
 
 
 def split(text: str, *, characterwise: bool) -> list[str]:
