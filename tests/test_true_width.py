@@ -16,8 +16,8 @@ from vlquant.members import MEMBERS
 from vlquant.model import open_model
 
 PICTURE = Path(__file__).parent / "golden" / "images" / "wide_1280x720.png"
-SMALL = ("InternVL2-2B", "InternVL2_5-1B")
-LARGE = ("InternVL3_5-1B", "InternVL2-4B", "InternVL2-40B")
+SMALL = ("InternVL2_5-1B",)
+LARGE = ("InternVL2-2B", "InternVL3_5-1B", "InternVL2-4B", "InternVL2-40B")
 
 
 def vlquant(*arguments, folder):
