@@ -38,6 +38,19 @@ def test_parts_equal_the_whole(case, padding, at_a_time):
 
 
 @torch.inference_mode()
+def test_what_lay_in_the_cache_before_padding_does_not_matter(case):
+    embeddings, mask = prompt(case.decoder, 9, 4)
+    mask, found = torch.cat((mask, torch.ones(2, 1, dtype=torch.bool)), 1), []
+    for before in (0.0, float("nan")):
+        cache = case.decoder.new_cache(batch=2, capacity=10)
+        for layer in cache.layers:
+            layer.keys.fill_(before), layer.values.fill_(before)
+        prefill(case.decoder, embeddings, mask[:, :9], cache)
+        found.append(case.decoder(embeddings[:, :1], attention_mask=mask, cache=cache))
+    assert found[0].isfinite().all() and torch.equal(*found)
+
+
+@torch.inference_mode()
 def test_a_prompt_that_changes_the_rope_goes_in_whole(named_case, monkeypatch):
     """Keys of the original are all rotated for the whole prompt's length."""
     decoder = named_case("internlm2_chat_ntk").decoder
