@@ -210,7 +210,7 @@ class Kernels:
         return self._scratch.data_ptr()
 
     def run_stack(self, stack: Structure, cache: Structure, step: Structure) -> None:
-        """Let all layers transform the hidden states of a step, in place, and fill the cache."""
+        """Let all layers transform the hidden states of a step, in place, and fill the cache; with logits, where it has room for them."""
         stack, cache = ctypes.byref(stack), ctypes.byref(cache)
         with TURN:
             self.gather()

@@ -116,13 +116,13 @@ class NativeDecoder:
         self, config: DecoderConfig, kernels: Kernels, *, embedding: Callable[[Tensor], Tensor], layers: Sequence[NativeLayer],
         norm: Tensor, head: Linear,
     ):  # fmt: skip
-        self.config, self.kernels, self.norm, self.head = config, kernels, norm, head
+        self.config, self.kernels, self.norm, self.head = config, kernels, norm.float().contiguous(), head
         self.device = torch.device("cpu")
         self._embedding, self._layers = embedding, layers
         self._layer_fields = (LayerFields * len(layers))(*(each.fields() for each in layers))
         shape = (config.hidden_size, config.heads, config.key_value_heads, config.head_dim, config.intermediate_size)
         self._packed_head = head.matrix if isinstance(head, NativeLinear) else None
-        end = config.norm_eps, norm.data_ptr(), self._packed_head.fields() if self._packed_head else MatrixFields()
+        end = config.norm_eps, self.norm.data_ptr(), self._packed_head.fields() if self._packed_head else MatrixFields()
         self._stack = StackFields(self._layer_fields, len(layers), *shape, *end)
         self._no_layers = StackFields(self._layer_fields, 0, *shape, *end)
 
@@ -176,7 +176,7 @@ class NativeDecoder:
         """Logits float32 [batch, length, vocab] of hidden states."""
         if self._packed_head is None:
             return self.head(rms_norm(hidden, self.norm, self.config.norm_eps)).float()
-        hidden = hidden.contiguous()
+        hidden = hidden.float().contiguous()
         logits, rows = self._room_for_logits(hidden), hidden.shape[:-1].numel()
         step = StepFields(hidden.data_ptr(), logits.data_ptr(), None, None, None, 1, 0)
         self.kernels.run_stack(self._no_layers, CacheFields(batch=rows), step)

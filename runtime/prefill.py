@@ -12,7 +12,10 @@ from vlquant.runtime.conversation_cache import Cache
 from vlquant.runtime.native_decoder import NativeDecoder
 
 TOKENS_AT_A_TIME = {"cpu": None, "cuda": 1024}
-"""By device; None: all at once. A part expands every weight again, which costs a few percent of its arithmetic at 1024."""
+"""By device; None: all at once, or row by row. A part expands every weight again, which costs a few percent of its arithmetic at 1024."""
+
+ROWS_ALONE = 256
+"""Tokens of the shortest row of a batch from which on each goes in alone: every one of them expands every weight again."""
 
 
 def prefill(
@@ -40,11 +43,13 @@ def prefill(
 def cache_takes_rows(decoder: Decoder | NativeDecoder, attention_mask: Tensor, cache: Cache) -> bool:
     """Whether rows of different lengths go in one by one: in torch on a CPU, unless one changes how the others are turned."""
     plain = isinstance(cache, KeyValueCache) and not cache.length and not attention_mask.is_cuda
-    return plain and not bool(attention_mask.all()) and not rope_depends_on_length(decoder.config, attention_mask.shape[1])
+    lengths = attention_mask.sum(dim=1)
+    apart = ROWS_ALONE <= lengths.min() < lengths.max()
+    return bool(plain and apart) and not rope_depends_on_length(decoder.config, attention_mask.shape[1])
 
 
 def prefill_rows(decoder: Decoder, embeddings: Tensor, attention_mask: Tensor, cache: KeyValueCache) -> Tensor:
-    """As `prefill`. Padding takes no time then, and attention without a mask a fifth of it; a CPU gains nothing by a batch."""
+    """As `prefill`. Padding takes no time then, and attention without a mask a fifth of it."""
     length, found = embeddings.shape[1], []
     for index, start in enumerate((~attention_mask.bool()).sum(dim=1).tolist()):
         found.append(decoder(embeddings[index : index + 1, start:], cache=cache.row(index, start))[:, -1])

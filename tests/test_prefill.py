@@ -11,6 +11,12 @@ from vlquant.runtime.prefill import prefill
 EMPTY = SimpleNamespace(length=0)
 
 
+@pytest.fixture(autouse=True)
+def rows_alone(monkeypatch):
+    """Rows of any length go in one by one, unless a number of tokens at a time is asked for."""
+    monkeypatch.setattr("vlquant.runtime.prefill.ROWS_ALONE", 1)
+
+
 def prompt(decoder, length, padding):
     embeddings = torch.randn(2, length, decoder.config.hidden_size, generator=torch.Generator().manual_seed(1)) * 0.1
     mask = torch.ones(2, length, dtype=torch.bool)
@@ -69,3 +75,11 @@ def test_a_prompt_that_changes_the_rope_goes_in_whole(named_case, monkeypatch):
     assert lengths == [length, length - 2, 1]
 
 
+@pytest.mark.parametrize("shortest, asked", [(9, [13, 9]), (10, [13])])
+@torch.inference_mode()
+def test_short_rows_go_in_together(case, monkeypatch, shortest, asked):
+    monkeypatch.setattr("vlquant.runtime.prefill.ROWS_ALONE", shortest)
+    lengths, run_layers = [], case.decoder.run_layers
+    monkeypatch.setattr(case.decoder, "run_layers", lambda hidden, *args, **more: lengths.append(hidden.shape[1]) or run_layers(hidden, *args, **more))
+    outcome(case.decoder, *prompt(case.decoder, 13, 4))
+    assert lengths == asked

@@ -156,7 +156,7 @@ def mark_differences(first: str, second: str) -> tuple[tuple[Run, ...], tuple[Ru
 
 
 def matched(first: list[str], second: list[str]) -> list[tuple[str, int, int, int, int]]:
-    """Opcodes as SequenceMatcher has them.
+    """Opcodes as SequenceMatcher has them; some may be empty.
 
     Pieces that are everywhere count for nothing between what the texts begin and end with in common: a model that repeats
     itself would take minutes.

@@ -36,7 +36,7 @@ def rotary_tables(positions: Tensor, config: DecoderConfig) -> tuple[Tensor, Ten
 
 def cosines_and_sines(angles: Tensor) -> tuple[Tensor, Tensor]:
     """Of float32 angles in radians."""
-    if angles.is_cuda:
+    if angles.device.type != "cpu":
         return angles.cos(), angles.sin()
     # torch shares 256 of them between threads, which then spin for milliseconds beside the compiled kernels: a step of
     # eight conversations took a third longer.

@@ -12,6 +12,7 @@ static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t len
     int64_t rows = cache->batch * length, width = stack->heads * stack->head_dim;
     int64_t widest = stack->intermediate_size > width ? stack->intermediate_size : width;
     if (stack->hidden_size > widest) widest = stack->hidden_size;
+    if (!stack->layer_count) return (Sizes){.row = threads * stack->hidden_size, .inputs = rows * stack->hidden_size};
     return (Sizes){
         .queries = rows * width, .keys = rows * stack->key_value_heads * stack->head_dim, .gate = rows * widest,
         .scores = threads * QUERIES * cache->capacity, .row = threads * stack->hidden_size, .inputs = rows * widest,
@@ -41,8 +42,13 @@ static inline Forms take_forms(float **scratch, int64_t count)
 
 static inline int64_t floats_of_forms(int64_t count) { return whole(count / 4) + whole(count / 2) + 4 * whole(count / BLOCK); }
 
-static inline void want_form(Forms *forms, const Matrix *matrix)
+/* The forms that some matrices with the same inputs want. */
+static inline Forms forms_for(const Forms *buffers, const Matrix *const *matrices, int count)
 {
-    if (matrix->bits == 8) forms->wants_wide = 1;
-    else forms->wants_narrow = 1;
+    Forms forms = *buffers;
+    for (int i = 0; i < count; i++) {
+        if (matrices[i]->bits == 8) forms.wants_wide = 1;
+        else forms.wants_narrow = 1;
+    }
+    return forms;
 }

@@ -95,7 +95,7 @@ typedef struct {
     const Stack *stack;
     const Cache *cache;
     const Step *step;
-    Forms inputs, head_inputs; /* in the same memory */
+    Forms inputs;
     float *queries, *keys, *values, *gate, *up, *scores, *row;
 } Run;
 
@@ -109,21 +109,28 @@ static void run_member(Team *team, int member, void *argument)
     Attended attended = {run->queries, run->gate, run->scores + member * QUERIES * run->cache->capacity};
     for (int64_t index = 0; index < stack->layer_count; index++) {
         const Layer *layer = stack->layers + index;
-        prepare(team, step->hidden, rows, hidden, layer->input_norm, stack->norm_eps, scratch, &run->inputs);
-        multiply(team, (const Matrix *[]){&layer->query, &layer->key, &layer->value},
-                        (float *[]){run->queries, run->keys, run->values}, 3, &run->inputs, rows, 0);
+        const Matrix *first[] = {&layer->query, &layer->key, &layer->value}, *second[] = {&layer->output};
+        const Matrix *third[] = {&layer->gate, &layer->up}, *fourth[] = {&layer->down};
+        Forms inputs = forms_for(&run->inputs, first, 3);
+        prepare(team, step->hidden, rows, hidden, layer->input_norm, stack->norm_eps, scratch, &inputs);
+        multiply(team, first, (float *[]){run->queries, run->keys, run->values}, 3, &inputs, rows, 0);
         fill_cache(team, stack, layer, run->cache, step, index, run->queries, run->keys, run->values);
         attend_all(team, stack, run->cache, step, index, &attended);
-        prepare(team, run->gate, rows, width, NULL, 0, NULL, &run->inputs);
-        multiply(team, (const Matrix *[]){&layer->output}, &step->hidden, 1, &run->inputs, rows, 1);
-        prepare(team, step->hidden, rows, hidden, layer->post_norm, stack->norm_eps, scratch, &run->inputs);
-        multiply(team, (const Matrix *[]){&layer->gate, &layer->up}, (float *[]){run->gate, run->up}, 2, &run->inputs, rows, 0);
-        prepare_gated(team, run->gate, run->up, rows, stack->intermediate_size, &run->inputs);
-        multiply(team, (const Matrix *[]){&layer->down}, (float *const *)&step->hidden, 1, &run->inputs, rows, 1);
+        inputs = forms_for(&run->inputs, second, 1);
+        prepare(team, run->gate, rows, width, NULL, 0, NULL, &inputs);
+        multiply(team, second, &step->hidden, 1, &inputs, rows, 1);
+        inputs = forms_for(&run->inputs, third, 2);
+        prepare(team, step->hidden, rows, hidden, layer->post_norm, stack->norm_eps, scratch, &inputs);
+        multiply(team, third, (float *[]){run->gate, run->up}, 2, &inputs, rows, 0);
+        inputs = forms_for(&run->inputs, fourth, 1);
+        prepare_gated(team, run->gate, run->up, rows, stack->intermediate_size, &inputs);
+        multiply(team, fourth, &step->hidden, 1, &inputs, rows, 1);
     }
     if (!step->logits) return;
-    prepare(team, step->hidden, rows, hidden, stack->norm, stack->norm_eps, scratch, &run->head_inputs);
-    multiply(team, (const Matrix *[]){&stack->head}, (float *const *)&step->logits, 1, &run->head_inputs, rows, 0);
+    const Matrix *last[] = {&stack->head};
+    Forms inputs = forms_for(&run->inputs, last, 1);
+    prepare(team, step->hidden, rows, hidden, stack->norm, stack->norm_eps, scratch, &inputs);
+    multiply(team, last, &step->logits, 1, &inputs, rows, 0);
 }
 
 typedef struct {
@@ -154,19 +161,14 @@ void RUN_STACK(Team *team, const Stack *stack, const Cache *cache, const Step *s
     run.up = take(&scratch, size.gate);
     run.scores = take(&scratch, size.scores);
     run.row = take(&scratch, size.row);
-    run.inputs = run.head_inputs = take_forms(&scratch, size.inputs);
-    if (step->logits) want_form(&run.head_inputs, &stack->head);
-    for (const Layer *layer = stack->layers; layer < stack->layers + stack->layer_count; layer++) {
-        const Matrix *own[] = {&layer->query, &layer->key, &layer->value, &layer->output, &layer->gate, &layer->up, &layer->down};
-        for (size_t i = 0; i < sizeof own / sizeof *own; i++) want_form(&run.inputs, own[i]);
-    }
+    run.inputs = take_forms(&scratch, size.inputs);
     work(team, run_member, &run);
 }
 
 /* outputs [rows][matrix rows] of values [rows][columns]. */
 void RUN_PRODUCT(Team *team, const Matrix *matrix, const float *values, int64_t rows, float *outputs, float *scratch)
 {
-    Product of = {matrix, values, outputs, rows, take_forms(&scratch, rows * matrix->columns)};
-    want_form(&of.inputs, matrix);
+    Forms buffers = take_forms(&scratch, rows * matrix->columns);
+    Product of = {matrix, values, outputs, rows, forms_for(&buffers, &matrix, 1)};
     work(team, multiply_member, &of);
 }
