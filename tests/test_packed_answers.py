@@ -74,8 +74,9 @@ def test_compiled_decoders_are_close_to_expanded_ones(bundle):
     (packed,) = pipe.answer_logits([QUESTION], [answer.ids])
     pipe.decoder = expanded_decoder(folder, source, recipe)
     (wanted,) = pipe.answer_logits([QUESTION], [answer.ids])
-    # The head is in 8 bits.
-    assert (packed - wanted).norm() <= 1e-2 * wanted.norm()
+    # The head is in 8 bits, and so are inputs of 4-bit weights in a compiled decoder.
+    allowed = 3e-2 if recipe == RECIPES["gptq4"] else 1e-2
+    assert (packed - wanted).norm() <= allowed * wanted.norm()
 
 
 def test_a_bundle_that_takes_the_place_of_another_is_not_read_for_it(tmp_path):
