@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vlquant.decoder import LINEARS, Linear, positions_of, rms_norm
+from vlquant.decoder import LINEARS, Linear, is_right_room, positions_of, rms_norm
 from vlquant.decoder_config import DecoderConfig
 from vlquant.rope import rotary_tables
 from vlquant.runtime.native import PANEL, Kernels, MatrixFields, NativeLinear, PackedMatrix
@@ -66,10 +66,10 @@ class NativeCache:
 
     def keep(self, length: int, capacity: int) -> None:
         """Forget all but the first `length` positions and have room for `capacity`; keys, then values may lie there twice."""
-        self.length = length
-        if capacity <= self.capacity <= 2 * whole_panels(capacity):
-            return  # Much too large would cost memory for as long as the process lasts.
-        self.capacity = whole_panels(capacity)
+        self.length, wanted = length, whole_panels(capacity)
+        if is_right_room(self.capacity, wanted):
+            return
+        self.capacity = wanted
         self.keys = resized(self.keys, length, self.capacity)
         self.values = resized(self.values, length, self.capacity)
         self.scales = tuple(resized(each, length, self.capacity) for each in self.scales)
@@ -155,7 +155,7 @@ class NativeDecoder:
             return self.run_layers(embeddings, *rotary, starts, cache, with_logits=True)
         hidden = [
             self.run_layers(rows, cosines, sines, starts, cache)
-            for rows, cosines, sines in zip(embeddings.float().split(CHUNK, 1), *(each.split(CHUNK, 1) for each in rotary), strict=True)
+            for rows, cosines, sines in zip(embeddings.split(CHUNK, 1), *(each.split(CHUNK, 1) for each in rotary), strict=True)
         ]
         wanted = torch.cat(hidden, dim=1) if all_positions else hidden[-1][:, -1:]
         return self.logits(wanted)

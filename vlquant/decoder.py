@@ -89,6 +89,11 @@ def attend(queries: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None
     return mixed.reshape(batch, heads, length, head_dim)
 
 
+def is_right_room(room: int, wanted: int) -> bool:
+    """Whether a buffer of so many positions is worth keeping: much too large would cost memory as long as the process lasts."""
+    return wanted <= room <= 2 * wanted
+
+
 class LayerCache:
     """Keys and values of one layer in buffers allocated once."""
 
@@ -136,7 +141,7 @@ class KeyValueCache:
         """Forget all but the first `length` positions and have room for `capacity`; a layer at a time may lie there twice."""
         for index, layer in enumerate(self.layers):
             batch, heads, own, width = layer.keys.shape
-            if not capacity <= own <= 2 * capacity:  # Much too large would cost memory for as long as the process lasts.
+            if not is_right_room(own, capacity):
                 keys, values = (each.new_empty(batch, heads, capacity, width) for each in (layer.keys, layer.values))
                 self.layers[index] = LayerCache(keys, values)
                 self.layers[index].append(layer.keys[:, :, :length], layer.values[:, :, :length])

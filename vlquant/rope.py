@@ -38,8 +38,7 @@ def cosines_and_sines(angles: Tensor) -> tuple[Tensor, Tensor]:
     """Of float32 angles in radians."""
     if angles.device.type != "cpu":
         return angles.cos(), angles.sin()
-    # torch shares 256 of them between threads, which then spin for milliseconds beside the compiled kernels: a step of
-    # eight conversations took a third longer.
+    # torch shares 256 of them between threads, which then spin for milliseconds beside the compiled kernels.
     return torch.from_numpy(np.cos(angles.numpy())), torch.from_numpy(np.sin(angles.numpy()))
 
 

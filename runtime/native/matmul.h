@@ -124,7 +124,7 @@ static void strip(const Matrix *matrix, const Inputs *inputs, float *outputs, in
 }
 
 /* Panels of a piece of work: of many rows of inputs as many as stay in the nearest caches, of few a long run, a share for
-   each member or several, since memory gives a third more in runs of 256 KiB than in runs of 50. */
+   each member or several, since memory gives up to a third more in runs of 256 KiB than in runs of 50. */
 static int64_t panels_at_once(const Team *team, const Matrix *matrix, int64_t panels, int64_t rows)
 {
     enum { NEAR = 8, RUN = 256 * 1024, MOST_SHARES = 4 };
