@@ -40,7 +40,8 @@ def test_cached_logits_equal_uncached(decoder):
     whole = decoder(decoder.embed(ids), all_positions=True)
     cache = KeyValueCache(CONFIG, batch=1, capacity=12)
     parts = [decoder(decoder.embed(part), cache=cache, all_positions=True) for part in ids.split([5, 1, 4, 1, 1], dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-5, rtol=1e-5)
+    # Logits reach 22, and float32 sums in another order are up to 2.5e-5 apart (torch 2.7); a wrong position makes whole units.
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-4, rtol=0)
 
 
 def test_left_padded_rows_answer_as_if_alone(decoder):
