@@ -161,3 +161,16 @@ def test_neighbours_and_pieces_change_no_bit(kernels, bits):
     cache = native.new_cache(batch=1, capacity=50)
     pieces = torch.cat([native(part, cache=cache, all_positions=True) for part in x[1:2].split([20, 1, 22, 7], 1)], 1)
     assert torch.equal(pieces[0], together[1])
+
+
+@pytest.mark.parametrize("bits", [(4,), (8,)])
+@pytest.mark.parametrize("cache_bits", [32, 8])
+def test_padding_changes_no_bit(kernels, bits, cache_bits):
+    native, _ = decoders(CONFIGS["norms of heads"], kernels, bits)
+    x = torch.randn(1, 50, 128, generator=torch.Generator().manual_seed(0))
+    alone = native(x, cache=native.new_cache(batch=1, capacity=50, bits=cache_bits), all_positions=True)
+    for padding in (1, 3, 8, 21):
+        mask = torch.arange(50 + padding)[None] >= padding
+        cache = native.new_cache(batch=1, capacity=50 + padding, bits=cache_bits)
+        padded = native(torch.cat([x[:, :padding], x], 1), attention_mask=mask, cache=cache, all_positions=True)
+        assert torch.equal(padded[:, padding:], alone), padding

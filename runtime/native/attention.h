@@ -27,7 +27,7 @@ static void rotate_heads(float *rows, int64_t heads, int64_t head_dim, const flo
 typedef struct {
     const void *keys, *values;
     const float *key_scales, *value_scales;
-    int64_t head_dim, capacity, start;
+    int64_t head_dim, width, start; /* width: floats for the scores of a query */
 } Head;
 
 /* scores[q][position] of `count` queries [head_dim] for the positions up to `stop`, in whole blocks of lanes. */
@@ -42,26 +42,26 @@ INLINE void score(const Head *head, const float *const *queries, int64_t stop, f
         }
         for (int q = 0; q < count; q++) {
             if (in_bytes) found[q] *= read_floats(head->key_scales + block * LANES);
-            write_floats(scores + q * head->capacity + block * LANES, found[q]);
+            write_floats(scores + q * head->width + block * LANES, found[q]);
         }
     }
 }
 
-/* Softmax of scores[start..stop) times `scale`, in place, not yet divided by the returned sum; zeros around it. */
-static float soften(float *scores, int64_t start, int64_t stop, int64_t from, int64_t to, float scale)
+/* Softmax of scores[0..stop) times `scale`, in place, not yet divided by the returned sum; zeros from there to `to`.
+   Lanes are counted from the conversation's own first position: sums are the same whatever is padded before it. */
+static float soften(float *scores, int64_t stop, int64_t to, float scale)
 {
-    for (int64_t i = from / LANES * LANES; i < start; i++) scores[i] = -INFINITY;
-    for (int64_t i = stop; i < (to + LANES - 1) / LANES * LANES; i++) scores[i] = -INFINITY;
+    int64_t end = (to + LANES - 1) / LANES * LANES;
+    for (int64_t i = stop; i < end; i++) scores[i] = -INFINITY;
     floats most = all_floats(-INFINITY), sums = {0};
-    for (int64_t i = from / LANES * LANES; i < to; i += LANES) most = larger(most, read_floats(scores + i));
+    for (int64_t i = 0; i < end; i += LANES) most = larger(most, read_floats(scores + i));
     floats top = all_floats(largest_lane(most) * scale);
-    for (int64_t i = from / LANES * LANES; i < to; i += LANES) {
+    for (int64_t i = 0; i < end; i += LANES) {
         floats own = exponential(read_floats(scores + i) * scale - top);
         write_floats(scores + i, own);
         sums += own;
     }
-    for (int64_t i = from / LANES * LANES; i < start; i++) scores[i] = 0;
-    for (int64_t i = stop; i < (to + LANES - 1) / LANES * LANES; i++) scores[i] = 0;
+    for (int64_t i = stop; i < end; i++) scores[i] = 0;
     return sum_lanes(sums);
 }
 
@@ -78,7 +78,7 @@ INLINE void mix(const Head *head, const float *scores, int64_t stop, const float
             floats first = read_cached(head->values, place, in_bytes);
             floats second = pair ? read_cached(head->values, place + LANES, in_bytes) : (floats){0};
             for (int q = 0; q < count; q++) {
-                float share = scores[q * head->capacity + position];
+                float share = scores[q * head->width + position];
                 if (in_bytes) share *= head->value_scales[position];
                 low[q] += first * share;
                 high[q] += second * share;
@@ -94,11 +94,10 @@ INLINE void mix(const Head *head, const float *scores, int64_t stop, const float
 INLINE void attend(const Head *head, const float *const *queries, float *const *outputs, const int64_t *stops, float *scores,
                    const int count, const int in_bytes)
 {
-    int64_t last = stops[count - 1];
-    float sums[count];
+    int64_t last = stops[count - 1], start = head->start;
+    float sums[count], scale = 1 / sqrtf((float)head->head_dim);
     score(head, queries, last, scores, count, in_bytes);
-    for (int q = 0; q < count; q++)
-        sums[q] = soften(scores + q * head->capacity, head->start, stops[q], head->start, last, 1 / sqrtf((float)head->head_dim));
+    for (int q = 0; q < count; q++) sums[q] = soften(scores + q * head->width + start, stops[q] - start, last - start, scale);
     mix(head, scores, last, sums, outputs, count, in_bytes);
 }
 
@@ -117,7 +116,7 @@ INLINE void attend_some(const Head *head, const float *const *queries, float *co
 typedef struct {
     const float *queries; /* [batch * length][heads * head_dim] */
     float *outputs;       /* the same */
-    float *scores;        /* of this member: [QUERIES][capacity] */
+    float *scores;        /* of this member: [QUERIES][scores_width] */
 } Attended;
 
 /* A share of the attention of one layer; the team meets afterwards. */
@@ -147,7 +146,7 @@ static void attend_all(Team *team, const Stack *stack, const Cache *cache, const
             outputs[count] = of->outputs + offset;
             stops[count++] = step->past + i / group + 1;
         }
-        Head own = {.head_dim = stack->head_dim, .capacity = cache->capacity, .start = start};
+        Head own = {.head_dim = stack->head_dim, .width = scores_width(cache), .start = start};
         if (cache->key_scales) {
             own.keys = (const int8_t *)cache->keys + place * area;
             own.values = (const int8_t *)cache->values + place * area;

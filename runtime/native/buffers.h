@@ -6,6 +6,9 @@ typedef struct { int64_t queries, keys, gate, scores, row, inputs; } Sizes;
 
 static inline int64_t whole(int64_t floats) { return (floats + 31) / 32 * 32; }
 
+/* Floats for the scores of one query: registers full of them may begin at any position. */
+static inline int64_t scores_width(const Cache *cache) { return cache->capacity + PANEL; }
+
 /* Floats of every buffer of a step. */
 static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t length, int threads)
 {
@@ -15,7 +18,7 @@ static inline Sizes sizes_of(const Stack *stack, const Cache *cache, int64_t len
     if (!stack->layer_count) return (Sizes){.row = threads * stack->hidden_size, .inputs = rows * stack->hidden_size};
     return (Sizes){
         .queries = rows * width, .keys = rows * stack->key_value_heads * stack->head_dim, .gate = rows * widest,
-        .scores = threads * QUERIES * cache->capacity, .row = threads * stack->hidden_size, .inputs = rows * widest,
+        .scores = threads * QUERIES * scores_width(cache), .row = threads * stack->hidden_size, .inputs = rows * widest,
     };
 }
 

@@ -106,7 +106,7 @@ static void run_member(Team *team, int member, void *argument)
     const Step *step = run->step;
     const int64_t rows = run->cache->batch * step->length, hidden = stack->hidden_size, width = stack->heads * stack->head_dim;
     float *scratch = run->row + member * hidden;
-    Attended attended = {run->queries, run->gate, run->scores + member * QUERIES * run->cache->capacity};
+    Attended attended = {run->queries, run->gate, run->scores + member * QUERIES * scores_width(run->cache)};
     for (int64_t index = 0; index < stack->layer_count; index++) {
         const Layer *layer = stack->layers + index;
         const Matrix *first[] = {&layer->query, &layer->key, &layer->value}, *second[] = {&layer->output};
