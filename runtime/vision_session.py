@@ -164,6 +164,8 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     options.log_severity_level = 3
     # Threads that spin while they wait take the cores from those that still compute, here and in the language model.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    # Attention and elementwise work in eighths of what is left, not in halves: a core that others use takes fewer of them.
+    options.add_session_config_entry("session.dynamic_block_base", "4")
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     try:
         session = onnxruntime.InferenceSession(str(path), options, providers=[(provider, provider_options)])
