@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlquant.config import MANIFEST_FILE
 from vlquant.errors import InvalidRequest, VlquantError
+from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.request import Request, open_image
 from vlquant.runtime.answer import Answer, History
 from vlquant.runtime.generate import Generation
@@ -16,7 +17,7 @@ from vlquant.runtime.pipeline import Pipeline, load
 from vlquant.runtime.video import read_frames
 from vlquant.vision_manifest import has_exported_tower
 
-HELP = "/image FILE adds a picture, /reset starts anew, /quit leaves"
+COMMANDS = "/image FILE adds a picture, /reset starts anew, /quit leaves"
 
 
 def chat(
@@ -40,10 +41,13 @@ def chat(
     vision = vision or default_vision(model)
     pipeline = load(model, device, vision=vision, **loading)
     request = as_request(question, pipeline.config.chat.conversation)
-    report(f"model {pipeline.model.folder} on {device}, vision tower through {pipeline.tile_features.session.name}")
+    names = f"decoder through {pipeline.decoder.name}, vision tower through {pipeline.tile_features.session.name}"
+    report(f"model {pipeline.model.folder} on {device}: {names}")
     if request.question:
+        for remark in remarks(request):
+            report(remark)
         return _print_answer(pipeline, request, generation)
-    report(HELP)
+    report(COMMANDS)
     _converse(pipeline, Conversation(request, numbered=pipeline.config.chat.conversation.numbers_pictures), generation)
     return None
 
@@ -61,6 +65,15 @@ def _require_readable(request: Request) -> None:
         open_image(picture)
     if isinstance(request.video, str | os.PathLike):
         read_frames(request.video, 1)
+
+
+def remarks(request: Request) -> list[str]:
+    """What is not refused, because the original takes it, and yet hardly meant."""
+    texts = [question for question, _ in request.history or ()] + [request.question]
+    places = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
+    if request.video is not None or places <= len(request.images):
+        return []
+    return [f"the text has {places} {IMAGE_PLACEHOLDER} for {len(request.images)} pictures: what is over stays as it is written"]
 
 
 @dataclass
@@ -86,17 +99,25 @@ class Conversation:
 
     def show(self, file: str) -> None:
         """Add a picture to the next question. Raises InvalidRequest if that is impossible."""
-        if not Path(file).expanduser().is_file():
-            raise InvalidRequest(f"{file or 'FILE'}: there is no such picture; check the path")
+        if not file:
+            raise InvalidRequest("/image needs a picture; write /image FILE")
         if self.opening.video is not None:
             raise InvalidRequest("this conversation is about a video; start another one for pictures")
-        self.images, self.fresh = (*self.images, str(Path(file).expanduser())), self.fresh + 1
+        path = str(Path(file).expanduser())
+        open_image(path)  # A picture that cannot be read would end every turn from now on.
+        self.images, self.fresh = (*self.images, path), self.fresh + 1
 
     def ask(self, text: str) -> Request:
         """The request of the next turn."""
         # The numbering starts again in every turn: the template names pictures within one question.
         question = with_placeholders(text, self.fresh, numbered=self.numbered) if self.opening.video is None else text
         return replace(self.opening, question=question, images=self.images, history=self.history)
+
+    def take_back(self) -> int:
+        """Forget the pictures that no question has been about yet; how many they were."""
+        count, self.fresh = self.fresh, 0
+        self.images = self.images[: len(self.images) - count]
+        return count
 
     def heard(self, answer: Answer) -> None:
         """Remember a turn."""
@@ -132,9 +153,14 @@ def _take(line: str, pipeline: Pipeline, conversation: Conversation, generation:
     elif command == "/reset":
         conversation.reset()
     elif command.startswith("/") and "/" not in command[1:]:
-        raise InvalidRequest(f"{command} is unknown; {HELP}")
+        raise InvalidRequest(f"{command} is unknown; {COMMANDS}")
     elif line:
-        conversation.heard(_print_answer(pipeline, conversation.ask(line), generation))
+        try:
+            conversation.heard(_print_answer(pipeline, conversation.ask(line), generation))
+        except VlquantError as error:
+            if not (taken := conversation.take_back()):
+                raise
+            raise InvalidRequest(f"{error} (taken back: the newest {'picture' if taken == 1 else f'{taken} pictures'})") from error
 
 
 def _print_answer(pipeline: Pipeline, request: Request, generation: Generation) -> Answer:

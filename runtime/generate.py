@@ -2,6 +2,9 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
+from numbers import Integral, Real
+from types import NoneType
 
 import torch
 from torch import Tensor
@@ -13,6 +16,9 @@ from vlquant.runtime.decode_step import open_step
 from vlquant.runtime.native_decoder import NativeDecoder
 from vlquant.runtime.prefill import prefill
 from vlquant.runtime.sampling import choose, keep_top_k, keep_top_p, penalize_repetition
+
+COLDEST = 1e-6
+"""Lowest temperature above 0: logits divided by much less than that are no numbers any more."""
 
 
 @dataclass(frozen=True)
@@ -40,18 +46,19 @@ class Generation:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
         object.__setattr__(self, "stop", tuple(self.stop))
-        for field, valid, range_ in (
-            ("max_new_tokens", self.max_new_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 changes nothing"),
-            ("cache_bits", self.cache_bits in (8, 32), "8 or 32"),
-            ("seed", self.seed is None or 0 <= self.seed < 2**63, "0 to 2**63 - 1"),
-            ("stop", all(isinstance(text, str) and text for text in self.stop), "non-empty texts"),
+        for field, kind, valid, range_ in (
+            ("max_new_tokens", Integral, lambda count: count >= 1, "1 or more"),
+            ("temperature", Real, lambda value: value == 0 or COLDEST <= value < inf, f"0 (greedy) or {COLDEST:g} and more"),
+            ("top_p", Real, lambda mass: 0 < mass <= 1, "above 0 and at most 1"),
+            ("top_k", Integral, lambda count: count >= 0, "0 (all) or more"),
+            ("repetition_penalty", Real, lambda value: 0 < value < inf, "above 0; 1 changes nothing"),
+            ("cache_bits", Integral, lambda bits: bits in (8, 32), "8 or 32"),
+            ("seed", (Integral, NoneType), lambda seed: seed is None or 0 <= seed < 2**63, "0 to 2**63 - 1"),
+            ("stop", tuple, lambda stop: all(isinstance(text, str) and text for text in stop), "non-empty texts"),
         ):
-            if not valid:
-                raise InvalidRequest(f"{field} is {getattr(self, field)!r}, but has to be {range_}")
+            value = getattr(self, field)
+            if not isinstance(value, kind) or not valid(value):
+                raise InvalidRequest(f"{field} is {value!r}, but has to be {range_}")
 
 
 @dataclass(frozen=True)

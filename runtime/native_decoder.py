@@ -10,7 +10,7 @@ from torch import Tensor
 from vlquant.decoder import LINEARS, Linear, is_right_room, positions_of, rms_norm
 from vlquant.decoder_config import DecoderConfig
 from vlquant.rope import rotary_tables
-from vlquant.runtime.native import PANEL, Kernels, MatrixFields, NativeLinear, PackedMatrix
+from vlquant.runtime.native import INSTRUCTIONS, PANEL, Kernels, MatrixFields, NativeLinear, PackedMatrix
 
 CHUNK = 256
 """Positions of a prompt that go through all layers together: more would not make products faster, and take memory."""
@@ -118,6 +118,8 @@ class NativeDecoder:
     ):  # fmt: skip
         self.config, self.kernels, self.norm, self.head = config, kernels, norm.float().contiguous(), head
         self.device = torch.device("cpu")
+        self.name = f"kernels for {INSTRUCTIONS[kernels.instructions]}"
+        """What runs, in words."""
         self._embedding, self._layers = embedding, layers
         self._layer_fields = (LayerFields * len(layers))(*(each.fields() for each in layers))
         shape = (config.hidden_size, config.heads, config.key_value_heads, config.head_dim, config.intermediate_size)

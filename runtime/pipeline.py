@@ -139,6 +139,8 @@ class Pipeline(Reader):
 
         answers: ids as in `Answer.ids`, or texts, to which the stop token is added.
         """
+        if not requests:
+            return []
         batch = self.prepare(requests, features)
         forced = [
             encode_answer(answer, each.prompt, each.ids, config=self.config, tokenizer=self.tokenizer)

@@ -12,7 +12,7 @@ from vlquant.config import with_prompt_form
 from vlquant.decoder_config import DecoderConfig
 from vlquant.errors import InvalidRequest
 from vlquant.model import Model, open_model, resolve_model
-from vlquant.request import EncodedRequest, Request, encode_request
+from vlquant.request import EncodedRequest, Request, encode_request, require_max_tiles
 from vlquant.runtime.cuda_driver import require_code_for
 from vlquant.runtime.features import TileFeatures
 from vlquant.runtime.messages import Prompt, as_request
@@ -42,6 +42,8 @@ def open_reader(
     if (folder / MANIFEST).is_file():
         find_bundle(folder)  # Whether it is whole.
     model = open_model(folder)
+    if max_tiles is not None:
+        require_max_tiles(max_tiles, model.config)
     features = TileFeatures(open_vision(model, vision, device))
     model.config = with_prompt_form(model.config, prompt)
     return Reader(model, load_tokenizer(folder, tokenizer), features=features, max_tiles=max_tiles)

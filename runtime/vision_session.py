@@ -3,6 +3,7 @@
 Knows the `vision/` folder and the vision half of a model; knows nothing of pictures, text or the decoder.
 """
 
+import os
 from functools import cached_property
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def bind(binding, pixels: Tensor, features: Tensor) -> None:
 class MissingVision:
     """Stands for the tower of a bundle that has none exported yet: text needs none, pictures raise InvalidRequest."""
 
-    name = "onnx, which is not exported"
+    name = "nothing, as none is exported: it answers texts"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -182,6 +183,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
 def import_onnxruntime():
     """The onnxruntime module; an extra, because two packages provide it. Raises MissingDependency."""
     try:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # From 1.31 on it tells its maker of every session otherwise.
         import onnxruntime
     except ImportError as error:
         raise MissingDependency(

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 
 import av
@@ -72,6 +73,31 @@ def _(place):
 def _(place):
     (place / "text.png").write_text("no picture")
     return "chat", "What?", "-m", "bundle", "--image", PICTURE, "--image", "text.png"
+
+
+@row("picture is a folder", "picture model is a folder", "give a picture file")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--image", "model"
+
+
+@row("picture is enormous", "large.png is too large", "make it smaller")
+def _(place):
+    shutil.copy(PICTURE, place / "large.png")
+    content = bytearray((place / "large.png").read_bytes())
+    content[16:24] = (60_000).to_bytes(4, "big") * 2  # Width and height stand first in a PNG.
+    content[29:33] = zlib.crc32(content[12:29]).to_bytes(4, "big")
+    (place / "large.png").write_bytes(content)
+    return "chat", "What?", "-m", "bundle", "--image", "large.png"
+
+
+@row("tiles are less than one", "max_tiles is 0", "give one of these")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--max-tiles", "0"
+
+
+@row("temperature is too low to divide by", "temperature is 1e-40", "1e-06 and more")
+def _(place):
+    return "chat", "What?", "-m", "bundle", "--temperature", "1e-40"
 
 
 @row("picture is cut short", "half.png", "cannot be read", "give a whole PNG, JPEG")

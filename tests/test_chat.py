@@ -8,7 +8,7 @@ import pytest
 from vlquant.errors import InvalidRequest, VlquantError
 from vlquant.request import Request
 from vlquant.runtime import Generation, load
-from vlquant.runtime.chat import Conversation, chat, default_vision
+from vlquant.runtime.chat import Conversation, chat, default_vision, remarks
 
 from tests.golden_folder import golden_folder
 
@@ -71,6 +71,35 @@ def test_mistakes_do_not_end_a_conversation(pipe, typed, capsys):
     assert output.out == pipe.ask("Hello!", generation=SHORT).text + "\n"
     assert "nowhere.png" in output.err and "/imagine" in output.err
     assert "> " not in output.err  # Prompts are for people.
+
+
+def test_a_picture_that_cannot_be_read_is_refused_at_once(pipe, typed, capsys, tmp_path):
+    (tmp_path / "text.png").write_text("no picture")
+    typed(f"/image {tmp_path / 'text.png'}", "/image", "Hello!")
+    chat(Request(""), model=MODEL, generation=SHORT)
+    output = capsys.readouterr()
+    assert output.out == pipe.ask("Hello!", generation=SHORT).text + "\n"
+    assert "text.png cannot be read" in output.err and "write /image FILE" in output.err
+
+
+def test_pictures_of_a_refused_turn_are_taken_back(pipe, typed, capsys):
+    typed(f"/image {PICTURE}", "One?", f"/image {PICTURE}", f"/image {PICTURE}", "Two <IMG_CONTEXT>?", "Why?")
+    chat(Request(""), model=MODEL, generation=SHORT)
+    one = pipe.ask("<image>\nOne?", [PICTURE], generation=SHORT)
+    why = pipe.ask("Why?", [PICTURE], history=one.history, generation=SHORT)
+    output = capsys.readouterr()
+    assert output.out == f"{one.text}\n{why.text}\n"
+    assert "taken back: the newest 2 pictures" in output.err
+
+
+@pytest.mark.parametrize("question, images, history, said", [
+    ("<image> and <image>", [PICTURE], None, True),
+    ("Why?", [], (("<image>\nWhat?", "It."),), True),
+    ("Why?", [PICTURE], (("<image>\nWhat?", "It."),), False),
+    ("Why?", [PICTURE], None, False),
+])  # fmt: skip
+def test_places_without_a_picture_are_remarked_on(question, images, history, said):
+    assert bool(remarks(Request(question, images=images, history=history))) == said
 
 
 def test_two_new_pictures_are_numbered():

@@ -1,5 +1,6 @@
 """The command line: options reach the verbs, errors are one line, codes are kept. The verbs are stand-ins here."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -51,6 +52,28 @@ def test_help_lists_the_commands_in_the_order_of_use():
     lines = run("--help").stdout
     places = [lines.index(f"│ {command} ") for command in COMMANDS]
     assert places == sorted(places)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_behind_standard_output_is_one_sentence():
+    with open("/dev/full", "w") as full:
+        done = started(["tiles", "--help"], stdout=full, stderr=subprocess.PIPE)
+    assert (done.returncode, done.stderr) == (2, "error: standard output leads to a full disk; make room, and repeat the command\n")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="streams are closed otherwise there")
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_closed_stream_is_an_empty_one(closed):
+    done = started(["inspect", "nowhere"], preexec_fn=lambda: os.close(closed))
+    assert done.returncode == 2 and "Traceback" not in done.stdout + done.stderr
+    assert ("nowhere" in done.stderr) == (closed != 2)
+
+
+def started(arguments, **settings):
+    """The command in a process of its own."""
+    code = f"import sys\nfrom vlquant.cli import main\nsys.argv = ['vlquant', *{arguments}]\nmain()"
+    streams = {name: subprocess.PIPE for name in ("stdout", "stderr")} | settings
+    return subprocess.run([sys.executable, "-c", code], text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}, **streams)
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([command, "--help"] for command in COMMANDS)])

@@ -156,6 +156,12 @@ def test_everything_together_equals_transformers():
         {"top_k": -1},
         {"repetition_penalty": 0.0},
         {"stop": ("",)},
+        {"temperature": 1e-40},
+        {"temperature": "0.5"},
+        {"max_new_tokens": 2.5},
+        {"max_new_tokens": "5"},
+        {"top_k": 2.5},
+        {"seed": 1.5},
     ],
     ids=str,
 )

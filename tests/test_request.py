@@ -78,6 +78,12 @@ def test_tiles_follow_the_limits(encode, picture):
         encode("What?", [picture], max_tiles=0)
 
 
+@pytest.mark.parametrize("history", [5, [("What?",)], [("What?", None)], ["What?"]], ids=str)
+def test_a_history_is_questions_with_their_answers(history):
+    with pytest.raises(InvalidRequest, match="history"):
+        Request("Why?", history=history)
+
+
 def test_history_is_written_first_and_never_gets_placeholders(encode, picture):
     first = encode("What?", [picture], max_tiles=1)
     history = [(first.question, "A box.")]
@@ -117,7 +123,7 @@ def test_pictures_that_cannot_be_read(picture, tmp_path):
     cases = {
         whole: "cannot be read",
         text: "not a picture format",
-        tmp_path: "does not exist",
+        tmp_path: "is a folder",
         tmp_path / "absent.png": "absent.png does not exist",
         b"": "0 bytes",
         "data:image/png;base64,!!!": "data URL",

@@ -1,7 +1,10 @@
 """Vision towers as the runtime calls them, and what it says about damaged or absent ones."""
 
 import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,6 +20,7 @@ from vlquant.tiling import cut_tiles, normalize
 
 from tests.golden_folder import golden_folder
 
+ROOT = Path(__file__).parents[1]
 GOLDEN = golden_folder()
 SMALL = "qwen2_internvl2_5_vit6b"
 
@@ -28,6 +32,17 @@ def folder(tmp_path):
 
 def tiles(count: int) -> torch.Tensor:
     return torch.randn(count, 3, 112, 112, generator=torch.Generator().manual_seed(count))
+
+
+def test_nobody_is_told_what_is_run(folder, tmp_path):
+    code = f"from vlquant.runtime.vision_session import OnnxVision\nprint(OnnxVision({str(folder)!r})._session.get_inputs()[0].name)"
+    home = tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / "cache"), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, check=True)
+    assert done.stdout == "pixel_values\n"
+    assert list(home.rglob("*onnxruntime*")) == [], "an identifier of this machine, or what is to be sent"
 
 
 def test_torch_features_are_the_goldens(case):

@@ -3,6 +3,9 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
+import errno
+import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -59,6 +62,12 @@ class Commands(TyperGroup):
         except VlquantError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(USER_ERROR) from None
+        except OSError as error:
+            if error.errno != errno.ENOSPC or error.filename is not None:
+                raise
+            sys.stdout = None  # What is still in its buffer would fail once more at the end.
+            typer.echo("error: standard output leads to a full disk; make room, and repeat the command", err=True)
+            raise typer.Exit(USER_ERROR) from None
 
 
 app = typer.Typer(
@@ -72,6 +81,10 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `vlquant` command."""
+    # Python has None for a stream that the caller closed; to libraries that is a bug of ours.
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
     app(prog_name="vlquant")
 
 
@@ -221,6 +234,8 @@ def chat_command(
     vision: VisionOption = None,
 ) -> None:
     """Ask about pictures, a video or nothing; without PROMPT, converse."""
+    if prompt is not None and not prompt.strip():
+        raise typer.BadParameter("it is empty; write a question, or leave it out for a conversation", param_hint="PROMPT")
     asked = question_of(prompt, messages, image, video, frames=frames, system_message=system)
     model = bundle_or_demo(model)
     from vlquant.runtime.chat import chat

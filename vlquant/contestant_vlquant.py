@@ -35,12 +35,9 @@ class Contestant:
 
     def facts(self) -> dict:
         """What loading took, and what runs."""
-        kernels = getattr(self.decoder, "kernels", None)
-        from vlquant.runtime.native import INSTRUCTIONS
-
         return {
             "load_seconds": self.load_seconds,
-            "decoder": f"kernels for {INSTRUCTIONS[kernels.instructions]}" if kernels else "torch",
+            "decoder": self.decoder.name,
             "vision": getattr(self.pipeline.tile_features.session, "name", "onnx"),
             "text_tokens": len(self.pipeline.encode(Request(QUESTION)).ids),
             "picture_tokens": len(self.pipeline.encode(self.picture_request()).ids),

@@ -202,6 +202,9 @@ class Decoder:
     embedding: [vocab, hidden_size]; head: callable from hidden to logits.
     """
 
+    name = "torch"
+    """What runs, in words."""
+
     def __init__(
         self, config: DecoderConfig, *, embedding: Tensor, layers: Sequence[DecoderLayer], norm: Tensor, head: Linear
     ):  # fmt: skip

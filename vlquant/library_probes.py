@@ -37,6 +37,7 @@ def torch_on_cuda() -> dict:
 
 def onnxruntime_providers() -> dict:
     """Which providers ONNX Runtime was built with."""
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # As in runtime/vision_session.py.
     import onnxruntime
 
     return {"providers": onnxruntime.get_available_providers()}

@@ -4,6 +4,7 @@ What is measured imports nothing of ours that imports torch: its memory is measu
 """
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -11,7 +12,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-import onnxruntime_genai
+
+os.environ.setdefault("ORT_GENAI_TELEMETRY_DISABLED", "1")  # Read when it is imported, as the next.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+import onnxruntime_genai  # noqa: E402
 
 from vlquant.bench_options import kept_model
 from vlquant.errors import BrokenCheckpoint

@@ -48,6 +48,16 @@ class Request:
     system_message: str | None = None
     """None: the checkpoint's, else its template's."""
 
+    def __post_init__(self) -> None:
+        turns = self.history or ()
+        if not isinstance(turns, Sequence) or not all(map(is_turn, turns)):
+            raise InvalidRequest("the history is no list of (question, answer) texts; give an answer's own history")
+
+
+def is_turn(turn: object) -> bool:
+    """Whether it is a question with its answer."""
+    return isinstance(turn, Sequence) and len(turn) == 2 and all(isinstance(text, str) for text in turn)
+
 
 @dataclass(frozen=True)
 class EncodedRequest:
@@ -81,7 +91,7 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
     frames = _frames(request.video)
     chat = config.chat
     max_tiles = chat.max_tiles if request.max_tiles is None else request.max_tiles
-    require_tiles(min(chat.min_tiles, max_tiles) if max_tiles > 0 else 1, max_tiles)
+    require_max_tiles(max_tiles, config)
     limits = [(picture, chat.min_tiles, max_tiles) for picture in pictures]
     limits += [(frame, 1, 1) for frame in frames]
     tiles, tile_map = [], []
@@ -94,6 +104,11 @@ def encode_request(request: Request, config: ModelConfig, tokenizer: Tokenizer) 
     question = place_images(request, len(pictures), len(frames), numbered=chat.conversation.numbers_pictures)
     prompt, ids = encode_prompt(request, question, list(map(len, tile_map)), config=config, tokenizer=tokenizer)
     return EncodedRequest(prompt, ids, tiles, tile_map, question)
+
+
+def require_max_tiles(max_tiles: int, config: ModelConfig) -> None:
+    """Raise InvalidRequest unless a model can be given pictures of so many tiles."""
+    require_tiles(min(config.chat.min_tiles, max_tiles) if max_tiles > 0 else 1, max_tiles)
 
 
 def place_images(request: Request, pictures: int, frames: int, *, numbered: bool = True) -> str:
@@ -166,6 +181,8 @@ def open_image(picture: Picture) -> Image.Image:
     if str(picture).startswith(("http://", "https://")):
         raise InvalidRequest(f"{picture} is not fetched from the network; download it and give the file")
     path = Path(picture)
+    if is_folder(path):
+        raise InvalidRequest(f"picture {path} is a folder; give a picture file")
     if not is_file(path):
         raise InvalidRequest(f"picture {path} does not exist; give an existing picture file")
     return _decode(path, f"picture {path}")
@@ -179,11 +196,21 @@ def is_file(path: Path) -> bool:
         return False
 
 
+def is_folder(path: Path) -> bool:
+    """Whether there is such a folder."""
+    try:
+        return path.is_dir()
+    except (OSError, ValueError):
+        return False
+
+
 def _decode(source: Path | io.BytesIO, name: str) -> Image.Image:
     try:
         with Image.open(source) as image:
             return image.convert("RGB")
-    except (*BROKEN_PICTURE, Image.DecompressionBombError) as error:
+    except Image.DecompressionBombError as error:
+        raise InvalidRequest(f"{name} is too large ({error}); make it smaller") from None
+    except BROKEN_PICTURE as error:
         raise _unreadable(name, error) from None
 
 
