@@ -12,6 +12,8 @@ from vlquant.request import Request, open_image
 from vlquant.runtime.answer import Answer, History
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.messages import Prompt, as_request, with_placeholders
+from vlquant.runtime.native_decoder import NativeDecoder
+from vlquant.runtime.packed_weights import not_kept
 from vlquant.runtime.pipeline import Pipeline, load
 from vlquant.runtime.video import read_frames
 from vlquant.vision_manifest import has_exported_tower
@@ -41,6 +43,8 @@ def chat(
     pipeline = load(model, device, vision=vision, **loading)
     request = as_request(question, pipeline.config.chat.conversation)
     report(f"model {pipeline.model.folder} on {device}, vision tower through {pipeline.tile_features.session.name}")
+    if isinstance(pipeline.decoder, NativeDecoder) and (remark := not_kept(pipeline.model.folder)):
+        report(remark)
     if request.question:
         return _print_answer(pipeline, request, generation)
     report(HELP)
