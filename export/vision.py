@@ -27,7 +27,7 @@ from vlquant.export.float16 import largest_values, too_large
 from vlquant.export.verify import real_tiles, verify
 from vlquant.layout import projector_shapes, vision_shapes
 from vlquant.model import Model, open_model, resolve_model
-from vlquant.publishing import publishing, require_space
+from vlquant.publishing import publishing, require_space, sweep
 from vlquant.runtime.vision_session import import_onnxruntime
 from vlquant.shards import file_hash
 from vlquant.vision_manifest import FOLDERS, GRAPH_FILE, NAMES, ParityRecord, VisionManifest, read_vision_manifest
@@ -65,6 +65,8 @@ def export_vision(
     model = open_model(folder)
     output = Path(output) if output else _default_output(folder, precision)
     weights = VisionWeights(model)
+    for place in (output, *(folder / name for name in FOLDERS.values())):
+        sweep(place)  # Gigabytes that a killed export left would lie in the bundle until the same precision is written again.
     source_hash = weights.sha256()
     if _is_kept(output, source_hash, precision, overwrite=overwrite):
         report(Event(STAGE, message=f"{output}: already exported from the same weights"))

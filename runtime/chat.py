@@ -13,6 +13,8 @@ from vlquant.request import Request, open_image
 from vlquant.runtime.answer import Answer, History
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.messages import Prompt, as_request, with_placeholders
+from vlquant.runtime.native_decoder import NativeDecoder
+from vlquant.runtime.packed_weights import not_kept
 from vlquant.runtime.pipeline import Pipeline, load
 from vlquant.runtime.video import read_frames
 from vlquant.vision_manifest import has_exported_tower
@@ -41,11 +43,9 @@ def chat(
     vision = vision or default_vision(model)
     pipeline = load(model, device, vision=vision, **loading)
     request = as_request(question, pipeline.config.chat.conversation)
-    names = f"decoder through {pipeline.decoder.name}, vision tower through {pipeline.tile_features.session.name}"
-    report(f"model {pipeline.model.folder} on {device}: {names}")
+    for line in [*introduction(pipeline, device), *remarks(request)]:
+        report(line)
     if request.question:
-        for remark in remarks(request):
-            report(remark)
         return _print_answer(pipeline, request, generation)
     report(COMMANDS)
     _converse(pipeline, Conversation(request, numbered=pipeline.config.chat.conversation.numbers_pictures), generation)
@@ -65,6 +65,15 @@ def _require_readable(request: Request) -> None:
         open_image(picture)
     if isinstance(request.video, str | os.PathLike):
         read_frames(request.video, 1)
+
+
+def introduction(pipeline: Pipeline, device: str) -> list[str]:
+    """Who answers, and through what."""
+    names = f"decoder through {pipeline.decoder.name}, vision tower through {pipeline.tile_features.session.name}"
+    lines = [f"model {pipeline.model.folder} on {device}: {names}"]
+    if isinstance(pipeline.decoder, NativeDecoder) and (remark := not_kept(pipeline.model.folder)):
+        lines.append(remark)
+    return lines
 
 
 def remarks(request: Request) -> list[str]:

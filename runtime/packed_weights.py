@@ -34,11 +34,17 @@ CACHE_LINE = 64
 
 
 def packed_matrices(model: Model) -> dict[str, PackedMatrix] | None:
-    """Every linear ("0.self_attn.q_proj" ...) and, in 8 bits, the "head"; None if the kernels cannot compute one of them."""
-    source = source_of(model)
+    """Every linear ("0.self_attn.q_proj" ...) and, in 8 bits, the "head"; None if the kernels cannot compute one of them.
+
+    A bundle's own file is read first, then the one in the user's cache: a bundle that can be written to again gets its own
+    only when that one is gone or does not fit. Where neither can be written, every process packs for itself (`not_kept`).
+    """
+    source = source_of(model.folder)
     if source is not None:
+        needed = needed_tensors(model)
         for path in places(model.folder):
-            if (tensors := read_packed(path, source)) is not None:
+            tensors = read_packed(path, source)
+            if tensors is not None and needed <= tensors.keys():
                 return joined(tensors, model)
     matrices = pack_model(model)
     if matrices is not None and source is not None:
@@ -84,11 +90,22 @@ def own_tensors(tensors: Mapping[str, Tensor], module: str) -> dict[str, Tensor]
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def source_of(model: Model) -> str | None:
-    """Hash of what the matrices are made from; None for what is no bundle, whose files nobody has hashed."""
-    if not (model.folder / MANIFEST).is_file():
+def needed_tensors(model: Model) -> set[str]:
+    """Names of what the file of a model has to hold; a factor may come to each matrix."""
+    names = {HEAD_NAME} if head_bits(model) == 8 else set()
+    shapes = layer_shapes(model.config.decoder, 0)
+    biases = {name for name in LINEARS if f"{layer_prefix(0)}{name}.bias" in shapes}
+    layers = range(model.config.decoder.layers)
+    names |= {f"{index}.{name}" for index in layers for name in LINEARS}
+    needed = {f"{name}.{kind}" for name in names for kind in ("codes", "scales")}
+    return needed | {f"{index}.{name}.bias" for index in layers for name in biases}
+
+
+def source_of(folder: Path) -> str | None:
+    """Hash of what a bundle's matrices are made from; None for what is no bundle, whose files nobody has hashed."""
+    if not (folder / MANIFEST).is_file():
         return None
-    manifest = read_manifest(model.folder)
+    manifest = read_manifest(folder)
     facts = [FORMAT, dict(sorted(manifest.files.items())), bits_of_head(manifest)]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -118,22 +135,58 @@ def read_packed(path: Path, source: str) -> dict[str, Tensor] | None:
 
 
 def keep_packed(path: Path, tensors: dict[str, Tensor], source: str) -> None:
-    """Write the file, complete or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as partial:
-        metadata = {"source": source, "sha256": tensors_hash(tensors)}
-        write_safetensors(partial, tensors, metadata=metadata, alignment=CACHE_LINE)
+    """Write the file, complete or not at all; folders made for it go again if that fails, and OSError says why."""
+    absent = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as partial:
+            metadata = {"source": source, "sha256": tensors_hash(tensors)}
+            write_safetensors(partial, tensors, metadata=metadata, alignment=CACHE_LINE)
+    except BaseException:
+        for folder in absent:
+            with contextlib.suppress(OSError):  # It was never made, or somebody else has written into it.
+                folder.rmdir()
+        raise
+
+
+def not_kept(bundle: Path) -> str | None:
+    """A sentence for who has just loaded a bundle whose file could be written nowhere; None: the next load finds it."""
+    source, found = source_of(bundle), places(bundle)
+    if source is None or any(metadata_of(path).get("source") == source for path in found):
+        return None
+    own, cached = (path.parent for path in found)
+    return (
+        f"the repacked weights could be kept neither in {own} nor in {cached}, so every load packs them again; "
+        "make one of these writable, or make room there"
+    )
 
 
 def changed_packed(bundle: Path) -> list[str]:
-    """The name of the bundle's own such file if its tensors are not those that were written. Reads everything."""
-    try:
-        with safe_open(bundle / FILE, framework="np") as file:
-            written = (file.metadata() or {}).get("sha256")
-    except (OSError, SafetensorError):
-        return [FILE] if (bundle / FILE).exists() else []
+    """Those files a load may read, in the bundle and in the user's cache, whose tensors are not what was written. Reads everything.
+
+    Named as the user finds them: the bundle's own from there, the other by its whole path.
+    """
+    own, cached = places(bundle)
+    return [name for name, path in ((FILE, own), (str(cached), cached)) if is_changed(path)]
+
+
+def is_changed(path: Path) -> bool:
+    """Whether there is such a file and it does not hold what was written."""
+    if not path.exists():
+        return False
+    if not (metadata := metadata_of(path)):
+        return True
     # Older versions noted no hash: their files are made again when they are next loaded.
-    return [] if written is None or stored_hash(bundle / FILE) == written else [FILE]
+    return "sha256" in metadata and stored_hash(path) != metadata["sha256"]
+
+
+def metadata_of(path: Path) -> dict[str, str]:
+    """What such a file says of itself; nothing if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="np") as file:
+            return file.metadata() or {}
+    except (OSError, SafetensorError):
+        return {}
 
 
 def joined(tensors: Mapping[str, Tensor], model: Model) -> dict[str, PackedMatrix]:

@@ -11,10 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vlquant.errors import InvalidRequest, MissingDependency
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, MissingDependency, UnsupportedCheckpoint
 from vlquant.model import Model
 from vlquant.vision import vision_features
-from vlquant.vision_manifest import FOLDERS, GRAPH_FILE, damaged_export, export_command, exported_towers, read_vision_manifest
+from vlquant.vision_manifest import (
+    FOLDERS,
+    GRAPH_FILE,
+    damaged_export,
+    export_command,
+    exported_towers,
+    intact_name,
+    read_vision_manifest,
+)
 
 VISIONS = ("onnx", *FOLDERS, "torch")
 """What can be asked for; "onnx": of the exported ones, that which suits the device best."""
@@ -141,6 +149,11 @@ def pick_tower(bundle: Path, vision: str, device: str) -> Path | None:
             f"{bundle} has no vision tower in {chosen}; run `{export_command(FOLDERS[chosen])} {bundle}`, or choose "
             f"--vision {' or '.join((*towers, 'torch'))}"
         )
+    try:
+        read_vision_manifest(towers[chosen])
+    except (BrokenCheckpoint, UnsupportedCheckpoint) as error:
+        others = [name for name in usable if name != chosen and name in towers and intact_name(towers[name])]
+        raise type(error)(f"{error}, or choose --vision {' or '.join((*others, 'torch'))}") from error
     return towers[chosen]
 
 

@@ -28,6 +28,12 @@ def change_config(folder: Path, **values) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
 
 
+def make_folder(path: Path) -> None:
+    """Put a folder in the place of a file."""
+    path.unlink()
+    path.mkdir()
+
+
 def change_tensors(folder: Path, **changes) -> None:
     """Replace tensors of a checkpoint, or take them out where the new one is None."""
     tensors = load_file(folder / WEIGHTS) | changes
@@ -86,6 +92,36 @@ def _(place):
     return "quantize", "model"
 
 
+@row("weights are a folder", f"model/{WEIGHTS}", "Is a directory", "download it again")
+def _(place):
+    make_folder(place / "model" / WEIGHTS)
+    return "chat", "What?", "-m", "model"
+
+
+@row("weights to plan with are a folder", f"model/{WEIGHTS}", "Is a directory", "download it again")
+def _(place):
+    make_folder(place / "model" / WEIGHTS)
+    return "plan", "model"
+
+
+@row("weights to quantize are a folder", f"model/{WEIGHTS}", "Is a directory", "download it again")
+def _(place):
+    make_folder(place / "model" / WEIGHTS)
+    return "quantize", "model"
+
+
+@row("tokenizer is a folder", "model/tokenizer.model", "Is a directory", "download it again")
+def _(place):
+    make_folder(place / "model" / "tokenizer.model")
+    return "quantize", "model", "--method", "bnb"
+
+
+@row("manifest of a vision tower is a folder", "vision/vlquant.json is missing", "vlquant export-vision")
+def _(place):
+    make_folder(place / "bundle" / "vision" / "vlquant.json")
+    return "inspect", "bundle"
+
+
 @row("tokenizer is missing", "model", "tokenizer", "download")
 def _(place):
     (place / "model" / "tokenizer.model").unlink()
@@ -141,6 +177,16 @@ def _(place):
 def _(place):
     (place / "notes.txt").write_text("mine")
     return "quantize", "model", "--method", "bnb", "-o", "notes.txt/out"
+
+
+@row("output has too long a name", "cannot be written (File name too long)", "-o")
+def _(place):
+    return "quantize", "model", "--method", "bnb", "-o", 300 * "x"
+
+
+@row("vision output has too long a name", "cannot be written (File name too long)", "-o")
+def _(place):
+    return "export-vision", "model", "-o", 300 * "x"
 
 
 @row("output is a bundle with another recipe", "bundle", "another recipe", "--overwrite")

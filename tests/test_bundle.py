@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -199,6 +200,32 @@ def test_space_is_checked_before_anything_is_read(tmp_path):
     require_space(tmp_path / "a" / "b", 1)
     with pytest.raises(OutputRefused, match="GB free"):
         require_space(tmp_path / "a" / "b", 2**60)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_little_space_is_told_in_megabytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=700_000))
+    with pytest.raises(OutputRefused, match="needs 0.9 MB and its disk has 0.7 MB free; make room"):
+        require_space(tmp_path / "out", 900_000)
+    with pytest.raises(OutputRefused, match="needs 0.1 GB and its disk has 0.7 MB free"):
+        require_space(tmp_path / "out", 100_000_000)
+
+
+@pytest.mark.parametrize("reason", [errno.EROFS, errno.EACCES])
+def test_no_room_is_asked_for_where_nothing_can_be_written(reason, tmp_path, monkeypatch):
+    def refuse(*given, **named):
+        raise OSError(reason, os.strerror(reason))
+
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    monkeypatch.setattr("tempfile.TemporaryFile", refuse)
+    with pytest.raises(OutputRefused, match=rf"out cannot be written \({os.strerror(reason)}\); choose another folder with -o"):
+        require_space(tmp_path / "out", 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="a system without /proc")
+def test_what_is_no_disk_cannot_be_written():
+    with pytest.raises(OutputRefused, match="/proc/out cannot be written"):
+        require_space(Path("/proc/out"), 1)
 
 
 def test_shards_read_back(tmp_path):

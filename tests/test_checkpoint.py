@@ -86,6 +86,20 @@ def test_truncated_files(folder, keep):
     refused(folder, "model-0.safetensors", "truncated")
 
 
+@pytest.mark.parametrize("start", [b"\xff" * 7 + b"\x7f", b"<!DOCTYPE html>", b"\0" * 40, b"\x10" + b"\0" * 7 + b"not a header"])
+def test_what_is_no_safetensors_file_is_not_called_truncated(folder, start):
+    path = folder / "model-0.safetensors"
+    path.write_bytes(start + path.read_bytes()[len(start):])
+    refused(folder, "model-0.safetensors", "is no safetensors file, or is damaged where it begins", "download it again")
+
+
+@pytest.mark.parametrize("name", ["model-0.safetensors", "model.safetensors.index.json"])
+def test_a_folder_in_place_of_a_file(folder, name):
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    refused(folder, name, "cannot be read (Is a directory)")
+
+
 def test_a_file_that_shrinks_after_opening(folder):
     checkpoint = open_checkpoint(folder)
     path = folder / "model-0.safetensors"

@@ -1,6 +1,7 @@
 """Which of several exported vision towers runs, and that it is said."""
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -101,6 +102,26 @@ def test_a_damaged_tower_names_its_own_command(bundle):
     with pytest.raises(BrokenCheckpoint, match="vision-int8 and run `vlquant export-vision --precision int8` again"):
         load(bundle)
     with pytest.raises(BrokenCheckpoint, match="model.data is missing"):
+        inspect(bundle, verify=True)
+
+
+@pytest.mark.parametrize("damaged", ["vlquant.json", "model.data"])
+def test_a_damaged_tower_blocks_nobody_who_asks_for_another(damaged, bundle):
+    os.truncate(bundle / "vision-int8" / damaged, 10)
+    for vision in ("fp32", "fp16"):
+        assert load(bundle, vision=vision).tile_features.session.name == f"onnx {vision}"
+    assert pick_tower(bundle, "onnx", "cuda").name == "vision-fp16"
+    os.truncate(bundle / "vision-fp16" / damaged, 10)
+    with pytest.raises(BrokenCheckpoint, match=f"vision-int8/{damaged} .*--precision int8` again, or choose --vision fp32 or torch$"):
+        load(bundle)
+    without(bundle, "fp32")
+    with pytest.raises(InvalidRequest, match="no vision tower in fp32; run `vlquant export-vision "):
+        load(bundle, vision="fp32")
+
+
+def test_a_tower_without_its_manifest_is_found_by_verify(bundle):
+    (bundle / "vision-int8" / "vlquant.json").unlink()
+    with pytest.raises(BrokenCheckpoint, match="vision-int8/vlquant.json is missing; remove .*--precision int8` again"):
         inspect(bundle, verify=True)
 
 

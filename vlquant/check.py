@@ -36,7 +36,7 @@ from vlquant.hidden_states import HiddenStates
 from vlquant.kept_answers import KeptAnswer
 from vlquant.machine import available_memory, physical_memory
 from vlquant.predictions import read_predictions
-from vlquant.publishing import NO_SPACE
+from vlquant.publishing import NO_SPACE, is_partial
 from vlquant.reference import find_reference
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.vision_session import pick_tower
@@ -144,7 +144,7 @@ def loaded_bytes(place: Path, tower: Path | None) -> int:
     """Size of a model's weight files, of exported vision towers only the one that runs."""
     idle = {place / name for name in FOLDERS.values()} - {tower}
     weights = [path for path in place.glob("**/*") if path.suffix in (".safetensors", ".data", ".bin")]
-    return sum(path.stat().st_size for path in weights if path.parent not in idle)
+    return sum(path.stat().st_size for path in weights if path.parent not in idle and not is_partial(path.relative_to(place)))
 
 
 def examine(

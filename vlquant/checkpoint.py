@@ -183,16 +183,10 @@ def _read_shards(folder: Path, *, whole: bool) -> dict[str, StoredTensor]:
 
 def read_header(path: Path, *, whole: bool = True) -> dict[str, StoredTensor]:
     """The tensors of one safetensors file. Raises BrokenCheckpoint if it cannot be whole; without `whole`, its header."""
-    size = path.stat().st_size
-    with open(path, "rb") as file:
-        start = file.read(len(LFS_MAGIC))
-        if start == LFS_MAGIC:
-            raise _lfs_pointer(path)
-        length = int.from_bytes(start[:8], "little")
-        if len(start) < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise _truncated(path)
-        file.seek(8)
-        text = file.read(length)
+    try:
+        length, text, size = _read_header_text(path)
+    except OSError as error:
+        raise unreadable(path, error) from None
     try:
         header = json.loads(text)
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
@@ -205,6 +199,22 @@ def read_header(path: Path, *, whole: bool = True) -> dict[str, StoredTensor]:
     if end < size and whole:
         raise BrokenCheckpoint(f"{path} is {size - end} bytes longer than its header says; download it again")
     return tensors
+
+
+def _read_header_text(path: Path) -> tuple[int, bytes, int]:
+    """Length and text of a safetensors header, and the size of its file."""
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = file.read(len(LFS_MAGIC))
+        if start == LFS_MAGIC:
+            raise _lfs_pointer(path)
+        length = int.from_bytes(start[:8], "little")
+        if len(start) >= 8 and (length > MAX_HEADER_BYTES or start[8:9] not in (b"{", b"")):
+            raise BrokenCheckpoint(f"{path} is no safetensors file, or is damaged where it begins; download it again")
+        if len(start) < 8 or length > size - 8:
+            raise _truncated(path)
+        file.seek(8)
+        return length, file.read(length), size
 
 
 def _stored_tensor(path: Path, data_start: int, entry: dict) -> StoredTensor:
@@ -235,6 +245,12 @@ def read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise BrokenCheckpoint(f"{path} holds no JSON object; download it again")
     return value
+
+
+def unreadable(path: Path, error: OSError) -> BrokenCheckpoint:
+    """The error for a file of weights that the system does not let us read: a folder of its name, missing rights."""
+    reason = os.strerror(error.errno or 0)
+    return BrokenCheckpoint(f"{path} cannot be read ({reason}); put the file itself there, or download it again")
 
 
 def _truncated(path: Path) -> BrokenCheckpoint:

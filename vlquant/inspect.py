@@ -1,7 +1,7 @@
 """`vlquant inspect`: what a bundle is, what was done to it and what that cost, readably; with `verify`, whether it is intact."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from rich.console import Console
@@ -10,8 +10,8 @@ from rich.table import Table
 from vlquant.bundle import MANIFEST, Manifest, changed_files, find_bundle, missing_files, read_manifest
 from vlquant.check_result import read_result
 from vlquant.errors import BrokenCheckpoint, InvalidRequest
-from vlquant.runtime.packed_weights import DERIVED, changed_packed
-from vlquant.vision_manifest import FOLDERS, VisionManifest, export_command, read_vision_manifest
+from vlquant.runtime.packed_weights import changed_packed
+from vlquant.vision_manifest import FOLDERS, GRAPH_FILE, VisionManifest, export_command, read_vision_manifest
 
 WORST_MODULES = 5
 
@@ -31,7 +31,8 @@ def inspect(bundle: str | Path | None = None, *, verify: bool = False, console: 
     console = console or Console()
     console.print(summary_table(folder, manifest))
     console.print(modules_table(manifest))
-    towers = {name: read_vision_manifest(folder / name) for name in FOLDERS.values() if (folder / name / MANIFEST).is_file()}
+    exported = [name for name in FOLDERS.values() if any((folder / name / part).exists() for part in (MANIFEST, GRAPH_FILE))]
+    towers = {name: read_vision_manifest(folder / name) for name in exported}
     for name, tower in towers.items():
         console.print(vision_table(name, tower))
     if not towers:
@@ -111,23 +112,23 @@ def require_intact(folder: Path, manifest: Manifest, towers: Mapping[str, Vision
     damaged = changed_files(folder, manifest) if verify else missing_files(folder, manifest)
     for place, tower in towers.items() if verify else ():
         damaged += [f"{place}/{name}" for name in changed_files(folder / place, tower)]
-    damaged += changed_packed(folder) if verify else []
-    if damaged:
+    derived = changed_packed(folder) if verify else []
+    if names := damaged + derived:
         raise BrokenCheckpoint(
-            f"{folder} is not as it was written: {', '.join(damaged)} {'has' if len(damaged) == 1 else 'have'} changed "
-            f"or gone; {repair(damaged)}"
+            f"{folder} is not as it was written: {', '.join(names)} {'has' if len(names) == 1 else 'have'} changed "
+            f"or gone; {' and '.join(repairs(damaged, derived))}"
         )
 
 
-def repair(damaged: list[str]) -> str:
-    """The verb that writes the damaged files again."""
+def repairs(damaged: list[str], derived: list[str]) -> Iterator[str]:
+    """What writes damaged files again; derived: those that a load makes again once they are gone."""
+    if derived:
+        yield f"delete {' and '.join(derived)} (made again when the model is next loaded)"
     places = dict.fromkeys(name.partition("/")[0] for name in damaged)
-    if list(places) == [DERIVED]:
-        return f"delete {DERIVED}/: it is made again when the model is next loaded"
-    places.pop(DERIVED, None)
-    if not places.keys() <= set(FOLDERS.values()):
-        return "quantize the model again"
-    return f"run {' and '.join(map(export_command, places))} again"
+    if places.keys() - set(FOLDERS.values()):
+        yield "quantize the model again"
+    elif places:
+        yield f"run {' and '.join(map(export_command, places))} again"
 
 
 def _facts(title: str) -> Table:

@@ -50,14 +50,24 @@ def require_empty(output: Path) -> None:
 
 
 def require_space(output: Path, needed_bytes: int) -> None:
-    """Raise OutputRefused if the disk of `output` has less than `needed_bytes` free."""
-    parent = next(folder for folder in output.absolute().parents if folder.is_dir())
+    """Raise OutputRefused if nothing can be written where `output` is to be, or its disk has less than `needed_bytes` free."""
+    parent = next(folder for folder in output.resolve().parents if folder.is_dir())
+    try:
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:  # What is read-only, or no disk at all, often has no room either: making some would not help.
+        if error.errno not in NO_SPACE:
+            raise OutputRefused(f"{output} cannot be written ({error.strerror}); choose another folder with -o") from error
     free = shutil.disk_usage(parent).free
     if free < needed_bytes:
         raise OutputRefused(
-            f"{output} needs {needed_bytes / 1e9:.1f} GB and its disk has {free / 1e9:.1f} GB free; "
+            f"{output} needs {in_words(needed_bytes)} and its disk has {in_words(free)} free; "
             "make room or choose another disk with -o"
         )
+
+
+def in_words(count: int) -> str:
+    """A number of bytes in GB, in MB where that would be 0.0."""
+    return f"{count / 1e9:.1f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
 
 
 @contextmanager
@@ -97,11 +107,16 @@ def require_renamable(output: Path) -> None:
         )
 
 
+def is_partial(path: Path) -> bool:
+    """Whether a path leads through what somebody is still writing, or was killed while writing."""
+    return any(part.endswith(HIDDEN_SUFFIX) for part in path.parts)
+
+
 def _hidden_folder(output: Path) -> Path:
     """A new hidden folder beside `output`, after clearing away those of killed runs."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(output)
+        sweep(output)
         hidden = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=HIDDEN_SUFFIX, dir=output.parent))
         hidden.chmod(0o777 & ~_umask())  # mkdtemp makes it private
         return hidden
@@ -111,16 +126,28 @@ def _hidden_folder(output: Path) -> Path:
         ) from error
 
 
-def _sweep(output: Path) -> None:
-    """Remove hidden folders of earlier runs that were killed; those of running ones are locked."""
-    for stale in output.parent.glob(f".{glob.escape(output.name)}.*{HIDDEN_SUFFIX}"):
-        lock = lock_folder(stale)
-        if lock is None:
-            continue
-        if (stale / output.name).is_dir() and not output.exists():
-            (stale / output.name).rename(output)  # killed between the two renames of `_replace`
-        shutil.rmtree(stale, ignore_errors=True)
-        os.close(lock)
+def sweep(output: Path) -> None:
+    """Remove hidden folders that killed runs left beside `output`; those of running ones are locked.
+
+    Raises OutputRefused for a place that the system does not let us look into.
+    """
+    try:
+        output.exists()
+    except OSError as error:
+        raise OutputRefused(f"{output} cannot be written ({error.strerror}); choose another folder with -o") from error
+    place = output.resolve()
+    for stale in place.parent.glob(f".{glob.escape(place.name)}.*{HIDDEN_SUFFIX}"):
+        with suppress(OSError):  # Another process may sweep too; what nobody may remove stays.
+            if (lock := lock_folder(stale)) is not None:
+                _remove(stale, place)
+                os.close(lock)
+
+
+def _remove(stale: Path, output: Path) -> None:
+    """Remove a hidden folder, after giving back the one that `_replace` had moved into it when it was killed."""
+    if (stale / output.name).is_dir() and not output.exists():
+        (stale / output.name).rename(output)
+    shutil.rmtree(stale, ignore_errors=True)
 
 
 def lock_folder(folder: Path) -> int | None:

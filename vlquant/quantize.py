@@ -24,6 +24,7 @@ from vlquant.bundle import (
 )
 from vlquant.calibrate import CLASSES, CalibrationInputs, calibration_inputs
 from vlquant.calibration_sets import ChosenConversations, choose_conversations, require_encodable
+from vlquant.checkpoint import unreadable
 from vlquant.config import ModelConfig
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe
 from vlquant.events import Event, Report, silent
@@ -38,7 +39,7 @@ from vlquant.feasibility import (
 from vlquant.hf_layout import quantization_config, write_settings
 from vlquant.layout import EMBEDDING, layer_prefix, layer_shapes, tensor_shapes
 from vlquant.model import Model, resolve_model
-from vlquant.publishing import publishing, require_space
+from vlquant.publishing import publishing, require_space, sweep
 from vlquant.quantized_layers import QuantizedLayer, gptq_layers, rounded_layers
 from vlquant.recipe import Recipe
 from vlquant.reference_answers import with_answers
@@ -79,6 +80,7 @@ def quantize(
     require_fitting(source.config, recipe)
     place = require_device(device)
     output = Path(output) if output is not None else Path(default_name(folder, recipe))
+    sweep(output)
     origin = describe_source(folder)
     chosen = choose_conversations(recipe, report) if recipe.method == "gptq" else None
     if is_done(output, recipe, origin, chosen):
@@ -93,7 +95,7 @@ def quantize(
         rehearse(source.config, recipe, device=device)
     settings = {"recipe": recipe.to_dict(), "source": origin.model_dump(), "device": device, **machine()}
     settings["calibration data"] = chosen and chosen.sha256
-    with resuming(output, settings, overwrite=overwrite) as run:
+    with resuming(output, settings, overwrite=overwrite, report=report) as run:
         known = quantize_layers(run, source, chosen, recipe=recipe, device=device, report=report)
         with publishing(output) as hidden:
             manifest = begun_manifest(source, origin, recipe, known)
@@ -224,9 +226,14 @@ def source_name(folder: Path) -> str:
 
 
 def describe_source(folder: Path) -> Source:
-    """Name and hashes of a checkpoint."""
-    paths = sorted({path for pattern in SOURCE_FILES for path in folder.glob(pattern)})
-    return Source(name=source_name(folder), files={path.name: file_hash(path) for path in paths})
+    """Name and hashes of a checkpoint. Raises BrokenCheckpoint for what cannot be read, such as a folder in place of a file."""
+    hashes = {}
+    for path in sorted({path for pattern in SOURCE_FILES for path in folder.glob(pattern)}):
+        try:
+            hashes[path.name] = file_hash(path)
+        except OSError as error:
+            raise unreadable(path, error) from None
+    return Source(name=source_name(folder), files=hashes)
 
 
 def is_done(output: Path, recipe: Recipe, origin: Source, chosen: ChosenConversations | None) -> bool:

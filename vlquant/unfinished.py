@@ -22,6 +22,7 @@ from vlquant.errors import (
     OutputRefused,
     UnsupportedCheckpoint,
 )
+from vlquant.events import Event, Report, silent
 from vlquant.publishing import NO_SPACE, flush_entry, lock_folder, replace_text
 from vlquant.quantized_layers import QuantizedLayer
 from vlquant.shards import write_safetensors
@@ -100,12 +101,12 @@ def forget_finished(output: Path) -> None:
 
 
 @contextmanager
-def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[UnfinishedRun]:
+def resuming(output: Path, settings: dict, *, overwrite: bool, report: Report = silent) -> Iterator[UnfinishedRun]:
     """The run that is to become `output`: an interrupted one with the same settings goes on, else a new one begins.
 
     It is removed when all is done, on a failure before anything worth keeping was finished, and when the request turns out to be
-    one that cannot be carried out. Raises OutputRefused for an interrupted run with other settings, naming the
-    difference, unless it may be overwritten.
+    one that cannot be carried out. report: is told what is kept when somebody presses Ctrl-C. Raises OutputRefused for an
+    interrupted run with other settings, naming the difference, unless it may be overwritten.
     """
     folder = working_folder(output)
     try:
@@ -126,6 +127,10 @@ def resuming(output: Path, settings: dict, *, overwrite: bool) -> Iterator[Unfin
         if not isinstance(cause, OSError) or cause.errno not in NO_SPACE:
             raise
         raise OutputRefused(f"{output} could not be written because there is no space left; {way_out(run)}") from error
+    except KeyboardInterrupt:
+        if run.worth_keeping:
+            report(Event("quantize", message=f"interrupted; what is finished is kept: {next_time(run)}"))
+        raise
     except HOPELESS:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -163,8 +168,10 @@ def difference(before: object, now: object, name: str = "") -> str:
 
 def way_out(run: UnfinishedRun) -> str:
     """What to do about a full disk."""
-    if run.layers:
-        return f"make room and repeat the command, which goes on after layer {run.layers}"
-    if run.worth_keeping:
-        return "make room and repeat the command, which goes on with the calibration data it has"
-    return "make room or choose another disk with -o"
+    return f"make room and {next_time(run)}" if run.worth_keeping else "make room or choose another disk with -o"
+
+
+def next_time(run: UnfinishedRun) -> str:
+    """How a run that has something goes on."""
+    where = f"after layer {run.layers}" if run.layers else "with the calibration data it has"
+    return f"repeat the command, which goes on {where}"

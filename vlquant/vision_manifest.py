@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from vlquant.bundle import MANIFEST, Record, missing_files
-from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint
+from vlquant.errors import BrokenCheckpoint, InvalidRequest, UnsupportedCheckpoint, VlquantError
 
 FORMAT_VERSION = 2
 """1 knew float32 only."""
@@ -85,9 +85,22 @@ class VisionManifest(Record):
 
 
 def exported_towers(bundle: Path) -> dict[str, Path]:
-    """Folders of the vision towers exported into a bundle or checkpoint, by precision. Raises as `read_vision_manifest`."""
-    folders = [bundle / name for name in FOLDERS.values()]
-    return {read_vision_manifest(folder).name: folder for folder in folders if (folder / GRAPH_FILE).is_file()}
+    """Folders of the vision towers exported into a bundle or checkpoint, by precision.
+
+    One that cannot be read counts as what its folder is for: whoever asks for it is told what is wrong, nobody else.
+    """
+    folders = {name: bundle / place for name, place in FOLDERS.items() if (bundle / place / GRAPH_FILE).is_file()}
+    names = {folder: intact_name(folder) for folder in folders.values()}
+    damaged = {name: folder for name, folder in folders.items() if names[folder] is None}
+    return damaged | {name: folder for folder, name in names.items() if name is not None}
+
+
+def intact_name(folder: Path) -> str | None:
+    """Precision of the exported tower in a folder; None if it is none that can run."""
+    try:
+        return read_vision_manifest(folder).name
+    except VlquantError:
+        return None
 
 
 def has_exported_tower(bundle: Path) -> bool:
@@ -103,6 +116,8 @@ def read_vision_manifest(folder: Path) -> VisionManifest:
     """
     path = folder / MANIFEST
     if not path.is_file():
+        if (folder / GRAPH_FILE).exists():
+            raise damaged_export(path, "is missing")
         raise InvalidRequest(
             f"{folder} holds no exported vision tower; run `vlquant export-vision` first, or use the torch vision tower"
         )
@@ -114,7 +129,7 @@ def read_vision_manifest(folder: Path) -> VisionManifest:
                 f"{folder} has vision format {version}, and this vlquant reads up to {FORMAT_VERSION}; upgrade vlquant"
             )
         manifest = VisionManifest.model_validate(fields)
-    except (ValueError, KeyError, TypeError) as error:  # pydantic's and json's errors are ValueErrors.
+    except (OSError, ValueError, KeyError, TypeError) as error:  # pydantic's and json's errors are ValueErrors.
         raise damaged_export(path, "is not the manifest of a vision export") from error
     for name in missing_files(folder, manifest):
         raise damaged_export(folder / name, "is missing or has the wrong size")
