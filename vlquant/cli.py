@@ -44,6 +44,7 @@ from vlquant.cli_options import (
     question_of,
     say,
 )
+from vlquant.ending import end_in_order
 from vlquant.errors import VlquantError
 from vlquant.recipe import Recipe
 
@@ -72,6 +73,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `vlquant` command."""
+    end_in_order()
     app(prog_name="vlquant")
 
 
