@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -86,7 +87,7 @@ def test_every_series_says_which_tower_ran(measured):
     rounds.learn("vlquant", {"vision": "onnx int8", "picture_tokens": 9})
     running = dict.fromkeys(("vlquant", "torch", "transformers", "openvino"), (None, {"vision", "picture"}))
     for task in (Task("vision", "tile", "vision", {}, tower="float16"), Task("picture", "picture", "picture", {})):
-        bench_module.measure_task(task, running, replace(SMALL, rounds=-1), rounds, lambda event: None)
+        bench_module.measure_task(task, running, SimpleNamespace(rounds=-1), rounds, lambda event: None)
     assert {name: rounds.towers["tile", name] for name in running} == {
         "vlquant": "float16", "torch": "float32", "transformers": "float32", "openvino": "float16 file"
     }  # fmt: skip
@@ -294,7 +295,7 @@ def test_the_command_hands_its_options_on(monkeypatch, tmp_path):
 def test_the_memory_of_peers_holds_nothing_large_of_ours(module):
     tree = ast.parse((Path(contestants.__file__).parent / f"{module}.py").read_text())
     ours = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("vlquant")}
-    assert ours <= {"vlquant.bench_options", "vlquant.errors", "vlquant.machine"}
+    assert ours <= {"vlquant.bench_options", "vlquant.ending", "vlquant.errors", "vlquant.machine"}
 
 
 @pytest.mark.interop
