@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vlquant.ending import end_in_order
+
 SIDE = 8
 """Of the matrices that are multiplied."""
 
@@ -137,4 +139,5 @@ def first_line(kind: type[BaseException], error: BaseException, trace: object) -
 
 if __name__ == "__main__":
     sys.excepthook = first_line
+    end_in_order()  # Its temporary files are removed again.
     print(json.dumps(PROBES[sys.argv[1]]()))
