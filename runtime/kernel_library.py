@@ -7,6 +7,8 @@ from vlquant.errors import VlquantError
 
 LAYOUT = 4
 """LAYOUT of runtime/native/model.h, to be raised there and here with every change of what Python hands over."""
+CHOICES = {"avx2": 1, "vnni": 2}
+"""What VLQUANT_KERNELS may ask for, beside torch: the sets of instructions as the library counts them."""
 
 
 def library_path() -> str | None:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vlquant.errors import InvalidRequest
 from vlquant.packing import symmetric_zero, unpack_gptq
-from vlquant.runtime.kernel_library import library_path, open_library
+from vlquant.runtime.kernel_library import CHOICES, library_path, open_library
 
 PANEL = 16
 """Rows of a matrix whose codes lie side by side."""
@@ -29,8 +29,6 @@ BLOCK = 32
 ROWS_AT_ONCE = 4096
 """Of a head, while it is rounded: all of them in float32 are the largest thing that a first load would hold."""
 INSTRUCTIONS = {1: "AVX2", 2: "AVX-512 VNNI"}
-CHOICES = {"avx2": 1, "vnni": 2}
-"""What VLQUANT_KERNELS may ask for, beside torch."""
 
 
 class MatrixFields(Structure):

@@ -6,6 +6,7 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from typer.testing import CliRunner
@@ -75,6 +76,22 @@ def test_a_result_is_json_with_medians_and_ratios(measured):
     for each in told["series"]:
         assert each["first_quartile"] <= each["median"] <= each["third_quartile"]
         assert (each["ours_to_this"] is None) == (each["contestant"] == "vlquant")
+
+
+def test_every_series_says_which_tower_ran(measured):
+    """Ours runs each exported one, and the others their own."""
+    towers = {(each["measure"], each["contestant"]): each["tower"] for each in json.loads(to_json(measured))["series"] if each["tower"]}
+    by_all = {(measure, name): "float32" for measure in ("tile, float32", "first token, one tile") for name in ("vlquant", "transformers")}
+    assert towers == by_all | {("tile, float32", "torch"): "float32", ("peak memory, picture answered", "vlquant"): "float32"}
+    rounds = bench_module.Rounds()
+    rounds.learn("vlquant", {"vision": "onnx int8", "picture_tokens": 9})
+    running = dict.fromkeys(("vlquant", "torch", "transformers", "openvino"), (None, {"vision", "picture"}))
+    for task in (Task("vision", "tile", "vision", {}, tower="float16"), Task("picture", "picture", "picture", {})):
+        bench_module.measure_task(task, running, SimpleNamespace(rounds=-1), rounds, lambda event: None)
+    assert {name: rounds.towers["tile", name] for name in running} == {
+        "vlquant": "float16", "torch": "float32", "transformers": "float32", "openvino": "float16 file"
+    }  # fmt: skip
+    assert (rounds.towers["picture", "vlquant"], rounds.towers["picture", "transformers"]) == ("int8", "float32")
 
 
 def test_contestants_take_turns_after_a_warm_up():
@@ -154,6 +171,15 @@ def test_other_kernels_of_ours_are_entrants_of_their_own(kernels, bundle, tmp_pa
     assert measures == {"decode after 16"} and found.ratio(found.find("decode after 16", entrant)) > 0  # Towers have none of them.
 
 
+@pytest.mark.parametrize("measure", ["picture", "start"])
+def test_kernels_of_ours_that_share_no_measure_are_named(measure, bundle, tmp_path):
+    found = bench(bundle, tmp_path, options=replace(SMALL, measures=(measure,), against=(), kernels=("torch", "avx2"), rounds=1))
+    assert found.not_measured == {
+        f"vlquant, {each} kernels": f"of {measure} it measures none, only batch, decode, prefill" for each in ("torch", "avx2")
+    }
+    assert set(found.contestants) == {"vlquant"}
+
+
 def test_a_float_model_that_memory_has_no_room_for_is_left_out(monkeypatch):
     config = read_config(demo_model())
     find = importlib.util.find_spec
@@ -208,6 +234,8 @@ def test_absent_peers_are_refused_by_name_or_left_out(monkeypatch):
         choose_peers(("llama-cpp",), config)
     with pytest.raises(InvalidRequest, match="there is no peer 'ollama'"):
         choose_peers(("ollama",), config)
+    with pytest.raises(MissingDependency, match="openvino cannot be measured.* llama-cpp cannot be measured.*gguf$"):
+        choose_peers(("openvino", "torch", "llama-cpp", "openvino"), config)
     chosen, reasons = choose_peers(None, config)
     assert "torch" in chosen and not {"llama-cpp", "openvino"} & set(chosen)
     assert "pip install openvino" in reasons["openvino"]
@@ -258,15 +286,16 @@ def test_the_command_hands_its_options_on(monkeypatch, tmp_path):
     [((bundle, _), found)] = calls
     asked = BenchOptions(measures=("decode", "batch"), against=(), kernels=("avx2",), contexts=(16, 32), rounds=1)
     assert (bundle, found["options"]) == ("a-bundle", asked)
-    done = CliRunner().invoke(app, ["bench", "a-bundle", "--prompts", "many"])
-    assert done.exit_code == 2 and "--prompts" in done.output
+    for wrong in (["--prompts", "many"], ["--against", ","], ["--against", ""]):
+        done = CliRunner().invoke(app, ["bench", "a-bundle", *wrong])
+        assert done.exit_code == 2 and wrong[0] in done.output and len(calls) == 1
 
 
 @pytest.mark.parametrize("module", ["contestant", "bench_options", "peer_llama_cpp", "peer_onnxruntime_genai", "peer_openvino"])
 def test_the_memory_of_peers_holds_nothing_large_of_ours(module):
     tree = ast.parse((Path(contestants.__file__).parent / f"{module}.py").read_text())
     ours = {node.module for node in tree.body if isinstance(node, ast.ImportFrom) and node.module.startswith("vlquant")}
-    assert ours <= {"vlquant.bench_options", "vlquant.errors", "vlquant.machine"}
+    assert ours <= {"vlquant.bench_options", "vlquant.ending", "vlquant.errors", "vlquant.machine"}
 
 
 @pytest.mark.interop

@@ -1,6 +1,8 @@
 """What a bench found, on a terminal and as a picture, and the files that it needs to write."""
 
 import io
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,12 @@ from typer.testing import CliRunner
 
 from vlquant import bench as bench_module
 from vlquant import bench_table
+from vlquant.bench_result import to_json
 from vlquant.bench_table import plot_bench, print_bench, require_folder, require_picture
 from vlquant.cli import app
 from vlquant.errors import InvalidRequest
 
-from tests.made_up_bench import made_up
+from tests.made_up_bench import MACHINE, SMALL, made_up
 
 
 def printed(result):
@@ -40,6 +43,14 @@ def test_the_table_has_every_number():
     assert ["vlquant", "1500", "[1500,", "1500]"] in lines
     assert "not measured: openvino: absent [here]" in text and "llama-cpp: system VNNI = 1" in text
     assert max(map(len, text.splitlines())) <= 80
+
+
+def test_the_table_explains_itself():
+    text = " ".join(printed(made_up(machine=replace(MACHINE, cores=1, threads=1), options=replace(SMALL, rounds=1))).split())
+    assert "in tokens/s, where more is better, ours is ahead above 1; in s and MB, where less is better, below 1" in text
+    assert "openvino, float32 file 2.000" in text and "medians of 1 alternating round, with" in text
+    assert "1 core, 1 thread each" in text and "2 cores, 2 threads each" in printed(made_up())
+    assert [each["better"] for each in json.loads(to_json(made_up()))["series"]] == ["less", "more", "more", "less", "less"]
 
 
 def test_the_chart_is_a_picture(tmp_path):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -246,6 +247,25 @@ def test_kernels_that_were_not_compiled_are_told(compiler, mend):
     assert doctor(changed(NO_GPU, cpu_kernels=None, cpu=Cpu("an old one", (), 2, None))).findings == ()
     elsewhere = changed(NO_GPU, cpu_kernels=None, place=Place(None, "/somewhere/vlquant/pins"))
     assert doctor(elsewhere).findings[0].mend == "install vlquant again from its sources"
+
+
+@pytest.mark.parametrize(("asked", "choices"), [("bogus", ("avx2", "vnni")), ("vnni", ("avx2",)), ("avx2", ())])
+def test_a_choice_of_kernels_that_is_none_is_broken(asked, choices):
+    diagnosis = doctor(changed(NO_GPU, kernels_asked=asked, kernel_choices=choices))
+    [finding] = diagnosis.findings
+    assert (finding.sentence, finding.mend) == (f"the environment variable VLQUANT_KERNELS is {asked!r}", "unset VLQUANT_KERNELS")
+    assert finding.why.endswith(f"takes {', '.join(('torch', *choices))}") and diagnosis.exit_code == 3
+
+
+@pytest.mark.parametrize(("asked", "told"), [("torch", "_kernels.abi3.so, switched off, as the environment variable VLQUANT_KERNELS is torch"), ("avx2", "_kernels.abi3.so, the environment variable VLQUANT_KERNELS is avx2"), ("", "_kernels.abi3.so")])
+def test_kernels_that_were_chosen_are_told(asked, told):
+    diagnosis = doctor(changed(NO_GPU, kernels_asked=asked, kernel_choices=("avx2",)))
+    assert (dict(diagnosis.facts)["CPU kernels"], diagnosis.findings, diagnosis.exit_code) == (told, (), 0)
+
+
+def test_one_core_is_one_core():
+    machines = [changed(NO_GPU, cpu=replace(NO_GPU.cpu, cores=cores)) for cores in (1, 2)]
+    assert [dict(doctor(each).facts)["processor"].split(", ")[1] for each in machines] == ["1 core", "2 cores"]
 
 
 def test_lines_work_wherever_the_command_runs():

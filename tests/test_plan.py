@@ -254,11 +254,13 @@ def test_nonsense_is_refused_in_one_sentence(text):
     ("options", "said"),
     [
         (("--tiles", 32), "--tiles 0 to 30"),
-        (("--tiles", -1), "--tiles 0 to 30"),
+        (("--tiles", -1), "--tiles is -1, and a conversation has none or more; use --tiles 0 to 30\n"),
         (("--context", 10**6), "--context 512 to 65536"),
         (("--context", 0), "--context 512"),
         (("--device", "tpu"), "cpu or cuda"),
-        (("--context", 1024, "--tiles", 13), "--tiles 0 to 2"),
+        (("--context", 1024, "--tiles", 13), "13 tiles of 256 tokens and 512 for question and answer take 3840 tokens of 1024; use --tiles 0 to 2, or --context 3840\n"),
+        (("--context", 512, "--tiles", 1), "1 tile of 256 tokens and 512 for question and answer take 768 tokens of 512; use --tiles 0, or --context 768\n"),
+        (("--context", 512, "--tiles", 300), "take 77312 tokens of 512; use --tiles 0\n"),
     ],
 )
 def test_what_cannot_be_planned(options, said):
@@ -280,6 +282,14 @@ def test_the_command_prints_a_table_of_eighty_columns():
     row = next(line for line in lines if line.startswith("GPTQ-4  fp16"))
     assert row.split()[2] == "3.60" and "yes" in row
     assert "7.5" not in done.stdout and "published shapes" in done.stdout  # int8 runs by our own kernels, on a GTX 1080 Ti too.
+
+
+def test_sizes_of_a_small_model_are_told_in_megabytes():
+    lines = run(demo_model(), "--device", "cpu", "--memory", "9GB", "--tiles", 1).stdout.splitlines()
+    row, memory = lines[2].split(), plan(demo_model(), device="cpu", memory=9 * 10**9, tiles=1).choices[0].memory
+    assert row[:3] == ["float16", "fp32", f"{memory.linears / 1e6:.2f}"] and row[9] == f"{memory.total / 1e6:.1f}"
+    assert max(map(len, lines)) <= 80 and any(line.startswith("MB of 10^6 bytes") for line in lines) and "1 tile in it" in lines[0]
+    assert "GB of 10^9 bytes" in run("InternVL2_5-1B").stdout
 
 
 def test_a_narrow_terminal_loses_no_numbers():

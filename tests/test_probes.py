@@ -14,6 +14,7 @@ from vlquant.doctor import doctor
 from vlquant.doctor_rules import BROKEN
 from vlquant.doctor_table import to_json
 from vlquant.runtime import nvrtc
+from vlquant.runtime.native import native_kernels
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,16 @@ def test_the_library_of_bitsandbytes_is_the_one_that_loaded():
 
 def test_cpu_kernels_are_optional():
     found = library_probes.cpu_kernels()
+    kernels = native_kernels()
     assert found is None or found["file"].startswith("_kernels")
+    assert len(found["choices"] if found else ()) == (kernels.instructions if kernels else 0)
+
+
+def test_the_choice_of_kernels_is_found_in_the_environment(monkeypatch):
+    monkeypatch.setattr(probes, "ask_libraries", lambda names: ({"cpu kernels": {"file": "a.so", "choices": ["avx2"]}}, {}))
+    monkeypatch.setenv("VLQUANT_KERNELS", "vnni")
+    machine = probes.probe_machine()
+    assert (machine.kernels_asked, machine.kernel_choices) == ("vnni", ("avx2",))
 
 
 def test_nvrtc_is_asked_as_the_runtime_does(monkeypatch):

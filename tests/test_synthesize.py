@@ -1,12 +1,14 @@
 """Synthesized checkpoints are read, tokenized and answered by as published ones; every member has a shape and a tokenizer."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 
 from vlquant import members
+from vlquant.bench_shape import bundle_of_shape
 from vlquant.config import parse_config
 from vlquant.errors import InvalidRequest, OutputRefused
 from vlquant.members import KNOWN_MODELS, MEMBERS, member_config
@@ -90,19 +92,28 @@ def test_weights_depend_on_name_and_seed_alone():
 
 
 def test_layers_can_be_left_out(tmp_path, monkeypatch):
-    monkeypatch.setitem(members.MEMBERS, "InternVL2-1B", narrow("InternVL2-1B"))
+    small = narrow("InternVL2-1B")
+    monkeypatch.setitem(members.MEMBERS, "InternVL2-1B", replace(small, tower=replace(small.tower, layers=3)))
     folder = synthesize("InternVL2-1B", tmp_path / "model", layers=1, vision_layers=2)
     config = open_model(folder).config
     assert (config.decoder.layers, config.vision.layers) == (1, 2)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"), [(("InternVL9-1B", "x"), "InternVL2-1B"), (("InternVL2-1B", "x", 0), "at least one layer")]
+    ("name", "layers", "said"),
+    [
+        ("InternVL9-1B", {}, "InternVL2-1B"),
+        ("InternVL2-1B", {"layers": 0}, "--layers is 0, .* at least one layer; give 1 to 24"),
+        ("InternVL2-1B", {"vision_layers": -1}, "--vision-layers is -1, .* at least one layer; give 1 to 24"),
+        ("InternVL2-1B", {"layers": 25}, "--layers is 25, and the language model of InternVL2-1B has 24; give 1 to 24"),
+        ("InternVL2-40B", {"vision_layers": 46}, "--vision-layers is 46, and the vision tower of InternVL2-40B has 45; give 1 to 45"),
+    ],
 )
-def test_what_cannot_be_made(arguments, said, tmp_path):
-    name, folder, *layers = arguments
-    with pytest.raises(InvalidRequest, match=said):
-        synthesize(name, tmp_path / folder, **dict(zip(["layers"], layers)))
+def test_what_cannot_be_made(name, layers, said, tmp_path):
+    """Neither here nor for a bench."""
+    for make in (synthesize, bundle_of_shape):
+        with pytest.raises(InvalidRequest, match=said):
+            make(name, tmp_path / "x", **layers)
     assert not list(tmp_path.iterdir())
 
 

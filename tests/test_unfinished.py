@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from vlquant.unfinished import difference, resuming
 
 from tests.golden_folder import golden_folder
 
+ROOT = Path(__file__).parents[1]
 SOURCE = golden_folder() / "internlm2_internvl2_5"
 GPTQ = Recipe(group_size=32, samples=2)
 RECIPES = {"gptq": GPTQ, "rtn": Recipe(method="rtn", group_size=32), "bnb": Recipe(method="bnb", bits=8)}
@@ -67,6 +69,18 @@ def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(name, seed, undisturb
     quantize(SOURCE, recipe=RECIPES[name], output=tmp_path / "out", report=events.append)
     assert contents(tmp_path / "out") == undisturbed[name]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_told_to_end_the_command_goes_on_to_the_same_bytes_when_repeated(undisturbed, tmp_path):
+    options = ["--group-size", "32", "--samples", "2", "--json", "-o", str(tmp_path / "out")]
+    command = [sys.executable, "-m", "vlquant", "quantize", *options, str(SOURCE)]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        assert any('"stage": "layers", "done": 1,' in line for line in process.stderr)
+        process.terminate()
+        assert "Traceback" not in process.communicate()[1]
+    assert (process.returncode, [path.name for path in tmp_path.iterdir()]) == (128 + signal.SIGTERM, [".out.unfinished"])
+    quantize(SOURCE, recipe=GPTQ, output=tmp_path / "out")
+    assert contents(tmp_path / "out") == undisturbed["gptq"]
 
 
 def test_finished_layers_are_not_done_again(undisturbed, tmp_path):

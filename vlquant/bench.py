@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from vlquant.bench_options import BenchOptions
-from vlquant.bench_result import OURS, BenchResult, Series
+from vlquant.bench_result import OURS, SPEED, BenchResult, Series
 from vlquant.bundle import MANIFEST, find_bundle
 from vlquant.config import ModelConfig, read_config
 from vlquant.contestants import CONTESTANTS, ContestantProcess, choose_peers, settings_for
@@ -18,12 +18,15 @@ from vlquant.errors import BrokenCheckpoint, InvalidRequest
 from vlquant.events import Event, Report, silent
 from vlquant.machine import Machine, this_machine
 from vlquant.runtime.reader import position_limit
-from vlquant.vision_manifest import read_vision_manifest
+from vlquant.vision_manifest import NAMES, read_vision_manifest
 
 PAUSE_SECONDS = 0.2
 """Before a measurement: idle threads of OpenMP and ONNX Runtime spin for some milliseconds before they sleep."""
 DECODING = {"prefill", "decode", "batch"}
-"""What depends on the kernels."""
+"""What is measured by other kernels of ours too."""
+WITH_TOWER = {"vision", "picture"}
+"""What the vision tower takes part in."""
+PICTURE_MEMORY = "peak memory, picture answered"
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,12 @@ class Task:
     arguments: Mapping
     tokens: int = 0
     """What is divided by its seconds; 0: the seconds count."""
+    tower: str | None = None
+    """Precision of the exported vision tower that it is about; None: of the one that ours takes for a picture."""
 
     @property
     def unit(self) -> str:
-        return "tokens/s" if self.tokens else "s"
+        return SPEED if self.tokens else "s"
 
     def value(self, seconds: float) -> float:
         """In `unit`."""
@@ -49,10 +54,11 @@ class Task:
 
 
 class Rounds:
-    """Values by title, unit and contestant, and who fell out."""
+    """Values by title, unit and contestant, what vision tower each ran for a title, and who fell out."""
 
     def __init__(self):
         self.values: dict[tuple[str, str, str], list[float]] = {}
+        self.towers: dict[tuple[str, str], str] = {}
         self.facts: dict[str, dict] = {}
         self.not_measured: dict[str, str] = {}
 
@@ -74,7 +80,16 @@ class Rounds:
 
     def series(self) -> tuple[Series, ...]:
         """What was found."""
-        return tuple(Series(title, unit, name, tuple(values)) for (title, unit, name), values in self.values.items())
+        return tuple(
+            Series(title, unit, name, tuple(values), self.towers.get((title, name)))
+            for (title, unit, name), values in self.values.items()
+        )
+
+    @property
+    def chosen_tower(self) -> str:
+        """Precision of the tower that ours takes for a picture, as it says of itself."""
+        short = self.facts[OURS]["vision"].split()[-1]
+        return next((name for name, known in NAMES.items() if known == short), short)
 
 
 def bench(
@@ -101,6 +116,7 @@ def bench(
     rounds.not_measured |= absent
     if left_out := [each for each in options.measures if each not in possible]:
         rounds.not_measured[", ".join(left_out)] = without_tower(folder)
+    rounds.not_measured |= idle_kernels(options, possible)
     peers = prepared(comparable(peers, folder, options, possible, rounds), settings, rounds, report)
     if "start" in options.measures:
         measure_starts(peers, settings, options, rounds, report)
@@ -131,6 +147,17 @@ def comparable(peers: list[str], folder: Path, options: BenchOptions, possible: 
         raise InvalidRequest(f"{name} cannot be measured: {reason}; leave it out of --against")
     rounds.not_measured |= reasons
     return [each for each in peers if each not in reasons]
+
+
+def by_kernels(options: BenchOptions) -> dict[str, str]:
+    """Names of ours by other kernels, and what asks for these."""
+    return {f"{OURS}, {each} kernels": each for each in options.kernels}
+
+
+def idle_kernels(options: BenchOptions, possible: set[str]) -> dict[str, str]:
+    """Ours by other kernels, with the reason, where nothing is measured that is measured by those."""
+    reason = f"of {', '.join(options.measures)} it measures none, only {', '.join(sorted(DECODING))}"
+    return {} if DECODING & possible else dict.fromkeys(by_kernels(options), reason)
 
 
 def without_tower(folder: Path) -> str:
@@ -165,7 +192,10 @@ def towers_of(bundle: Path) -> dict[str, Path]:
 
 def tasks_for(bundle: Path, options: BenchOptions) -> list[Task]:
     """What is done in each round, in order."""
-    tasks = [Task("vision", f"tile, {precision}", "vision", {"folder": str(path)}) for precision, path in towers_of(bundle).items()]
+    tasks = [
+        Task("vision", f"tile, {precision}", "vision", {"folder": str(path)}, tower=precision)
+        for precision, path in towers_of(bundle).items()
+    ]
     tasks += [Task("picture", "first token, one tile", "picture", {})] if tasks else []
     tasks += [Task("prefill", f"prefill {length}", "prefill", {"length": length}, length) for length in options.prompts]
     decoded = [("decode", f"decode after {context}", context, 1) for context in options.contexts]
@@ -205,6 +235,8 @@ def measure_starts(peers: list[str], settings: dict, options: BenchOptions, roun
             continue
         for (title, unit), value in found.items() if number else ():
             rounds.add(title, unit, name, value)
+        if (PICTURE_MEMORY, "bytes") in found:
+            rounds.towers[PICTURE_MEMORY, name] = rounds.chosen_tower
 
 
 def first_answers(process: ContestantProcess, rounds: Rounds, *, picture: bool) -> dict[tuple[str, str], float | None]:
@@ -218,7 +250,7 @@ def first_answers(process: ContestantProcess, rounds: Rounds, *, picture: bool) 
     }
     if picture:
         process.ask("picture", tokens=ours["picture_tokens"])
-        found["peak memory, picture answered", "bytes"] = process.ask("memory")["bytes"]
+        found[PICTURE_MEMORY, "bytes"] = process.ask("memory")["bytes"]
     return found
 
 
@@ -228,7 +260,9 @@ def measure_tasks(
     """All contestants loaded, one measurement at a time, contestants in turn; a warm-up before the first round."""
     with ExitStack() as stack:
         entrants = {OURS: (CONTESTANTS[OURS], None)}
-        entrants |= {f"{OURS}, {each} kernels": (CONTESTANTS[OURS], each) for each in options.kernels}
+        entrants |= {
+            name: (CONTESTANTS[OURS], each) for name, each in by_kernels(options).items() if name not in rounds.not_measured
+        }
         entrants |= {name: (CONTESTANTS[name], None) for name in peers}
         running = {}
         for name, (kind, kernels) in entrants.items():
@@ -247,6 +281,9 @@ def measure_task(task: Task, running: dict, options: BenchOptions, rounds: Round
     """One task in every round by everybody who can do it; who fails is out of `running`."""
     names = [name for name, (_, measures) in running.items() if task.measure in measures]
     more = {"tokens": rounds.facts[OURS]["picture_tokens"]} if task.measure == "picture" else {}
+    if task.measure in WITH_TOWER:
+        exported = task.tower or rounds.chosen_tower
+        rounds.towers |= {(task.title, name): CONTESTANTS[name].tower.format(exported) for name in names}
     for number, name in turns(names, options.rounds, task.title, report):
         time.sleep(PAUSE_SECONDS)
         try:

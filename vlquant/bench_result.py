@@ -10,6 +10,8 @@ from vlquant.machine import Machine
 
 FORMAT_VERSION = 1
 OURS = "vlquant"
+SPEED = "tokens/s"
+"""The unit of which more is better."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,13 @@ class Series:
     """"s", "tokens/s" or "bytes"."""
     contestant: str
     values: tuple[float, ...]
+    tower: str | None = None
+    """Precision of the vision tower that this contestant ran; None: none took part."""
+
+    @property
+    def better(self) -> str:
+        """Whether "more" of the unit is better, or "less"."""
+        return "more" if self.unit == SPEED else "less"
 
     @property
     def spread(self) -> Spread:
@@ -73,7 +82,7 @@ def to_json(result: BenchResult) -> str:
     """The result as JSON, with medians, quartiles and ratios beside the values."""
     fields = {"format_version": FORMAT_VERSION, **asdict(result)}
     fields["series"] = [
-        {**asdict(each), **asdict(each.spread), "ours_to_this": result.ratio(each)} for each in result.series
+        {**asdict(each), **asdict(each.spread), "better": each.better, "ours_to_this": result.ratio(each)} for each in result.series
     ]
     return json.dumps(fields, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 

@@ -3,13 +3,11 @@
 from pathlib import Path
 
 from vlquant.bundle import MANIFEST, find_bundle
-from vlquant.errors import InvalidRequest
 from vlquant.events import Report, silent
 from vlquant.export.vision import export_vision
-from vlquant.members import MEMBERS, nearest_names
 from vlquant.quantize import quantize
 from vlquant.recipe import Recipe
-from vlquant.synthesize import synthesize
+from vlquant.synthesize import require_shape, synthesize
 
 RECIPE = Recipe(method="rtn", bits=4)
 """Speed and memory do not depend on how weights were rounded."""
@@ -20,10 +18,9 @@ def bundle_of_shape(
 ) -> Path:
     """A bundle in 4 bits with its exported tower below `place`; one that is there is taken as it is.
 
-    layers, vision_layers: None for all. Raises InvalidRequest for an unknown name, OutputRefused without room.
+    layers, vision_layers: None for all. Raises InvalidRequest as `require_shape`, OutputRefused without room.
     """
-    if name not in MEMBERS:
-        raise InvalidRequest(f"the shape of {name!r} is not known; the nearest known names are {nearest_names(name, MEMBERS)}")
+    require_shape(name, layers=layers, vision_layers=vision_layers)
     cut = "".join(f"-{count}{what}" for count, what in ((layers, "layers"), (vision_layers, "vision")) if count is not None)
     checkpoint, bundle = place / f"{name}{cut}", place / f"{name}{cut}-{RECIPE.label}"
     if not (bundle / MANIFEST).is_file():

@@ -7,17 +7,22 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vlquant.bench_result import OURS, BenchResult, Series, measures_of
+from vlquant.bench_result import OURS, SPEED, BenchResult, Series, measures_of
+from vlquant.counting import counted
 from vlquant.errors import InvalidRequest
 
 PICTURES = (".png", ".svg", ".pdf")
 PANEL_SIZE = 3.6, 2.6
 """Inches of one chart."""
+LEGEND = (
+    f"ours / this: in {SPEED}, where more is better, ours is ahead above 1; in s and MB, where less is better, below 1. "
+    "Behind a name: the precision of the vision tower that it ran."
+)
 
 
 def print_bench(result: BenchResult, console: Console) -> None:
     """Print the contestants of each measure, ours divided by each; then who was not measured, machine and versions."""
-    rounds = f"medians of {result.options.rounds} alternating rounds, with first and third quartile"
+    rounds = f"medians of {counted(result.options.rounds, 'alternating round')}, with first and third quartile"
     console.print(escape(f"{result.model}, {result.date} UTC: {rounds}"), highlight=False)
     table = Table("", box=None, pad_edge=False, header_style="dim")
     for heading in ("median", "quartiles", "ours / this"):
@@ -27,8 +32,10 @@ def print_bench(result: BenchResult, console: Console) -> None:
         table.add_row(escape(f"{measure}, {unit_and_scale(found[0])[0]}"), style="bold")
         for series in found:
             ratio = result.ratio(series)
-            table.add_row(f"  {series.contestant}", *numbers(series), "" if ratio is None else f"{ratio:.2f}")
+            name = series.contestant if series.tower is None else f"{series.contestant}, {series.tower}"
+            table.add_row(f"  {name}", *numbers(series), "" if ratio is None else f"{ratio:.2f}")
     console.print(table, highlight=False)
+    console.print(LEGEND, style="dim", highlight=False)
     for line in remarks(result):
         console.print(escape(line), style="dim", highlight=False)
 
@@ -58,7 +65,7 @@ def remarks(result: BenchResult) -> list[str]:
     return [
         *(f"not measured: {name}: {reason}" for name, reason in result.not_measured.items()),
         *(f"{name}: {words}" for name, facts in result.contestants.items() if (words := in_words(facts))),
-        f"{machine.processor}, {machine.cores} cores, {machine.threads} threads each, {' '.join(machine.instructions)}{load}",
+        f"{machine.processor}, {counted(machine.cores, 'core')}, {counted(machine.threads, 'thread')} each, {' '.join(machine.instructions)}{load}",
         ", ".join(f"{name} {version}" for name, version in machine.libraries.items()),
     ]
 
@@ -102,7 +109,7 @@ def plot_bench(result: BenchResult, path: Path) -> None:
         draw_measure(place, [each for each in result.series if each.measure == measure])
     for place in axes[len(measures) :]:
         place.set_axis_off()
-    figure.suptitle(f"{result.model} on {result.machine.processor}, {result.machine.threads} threads")
+    figure.suptitle(f"{result.model} on {result.machine.processor}, {counted(result.machine.threads, 'thread')}")
     try:
         figure.savefig(path, dpi=150)
     except OSError as error:

@@ -47,6 +47,7 @@ from vlquant.cli_options import (
     question_of,
     say,
 )
+from vlquant.ending import end_in_order
 from vlquant.errors import VlquantError
 from vlquant.recipe import Recipe
 
@@ -81,6 +82,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point of the `vlquant` command."""
+    end_in_order()
     # Python has None for a stream that the caller closed; to libraries that is a bug of ours.
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")

@@ -125,6 +125,8 @@ def bench_command(
         raise typer.BadParameter("a bundle is named as well; give one of them", param_hint="--shape")
     if shape is None and given(layers=layers, vision_layers=vision_layers):
         raise typer.BadParameter("they shorten a shape; add --shape NAME", param_hint="--layers, --vision-layers")
+    if against is not None and not listed(against):
+        raise typer.BadParameter(f"{against!r} names nobody; name peers, or none, or leave it out", param_hint="--against")
     options = BenchOptions(
         measures=listed(measure), against=None if against is None else tuple(each for each in listed(against) if each != "none"),
         kernels=listed(kernels), rounds=rounds, prompts=numbers(prompts, "--prompts"), contexts=numbers(contexts, "--contexts"),

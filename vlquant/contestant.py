@@ -8,6 +8,7 @@ import os
 import sys
 from importlib import import_module
 
+from vlquant.ending import end_in_order
 from vlquant.errors import VlquantError
 from vlquant.machine import peak_memory
 
@@ -42,4 +43,5 @@ def main(module: str, settings: dict) -> None:
 
 
 if __name__ == "__main__":
+    end_in_order()  # What it makes for a peer is removed again.
     main(sys.argv[1], json.loads(sys.argv[2]))

@@ -38,14 +38,16 @@ class Contestant:
     install: str = ""
     prepares: bool = False
     """Whether it needs files of its own: its module has `prepare`."""
+    tower: str = "{}"
+    """Precision of the vision tower that it runs; {} is that of the exported one."""
 
 
 CONTESTANTS = {
     "vlquant": Contestant("vlquant.contestant_vlquant", frozenset({"start", "vision", "prefill", "decode", "batch", "picture"})),
-    "torch": Contestant("vlquant.contestant_torch", frozenset({"vision"})),
+    "torch": Contestant("vlquant.contestant_torch", frozenset({"vision"}), tower="float32"),
     "transformers": Contestant(
         "vlquant.peer_transformers", frozenset({"vision", "prefill", "decode", "batch", "picture"}),
-        ("transformers",), "pip install transformers",
+        ("transformers",), "pip install transformers", tower="float32",
     ),
     "llama-cpp": Contestant(
         "vlquant.peer_llama_cpp", frozenset({"start", "prefill", "decode", "batch"}),
@@ -55,7 +57,8 @@ CONTESTANTS = {
         "vlquant.peer_onnxruntime_genai", frozenset({"start", "prefill", "decode"}),
         ("onnxruntime_genai", "onnx_ir", "transformers"), "pip install onnxruntime-genai onnx_ir transformers", prepares=True,
     ),
-    "openvino": Contestant("vlquant.peer_openvino", frozenset({"vision"}), ("openvino",), "pip install openvino"),
+    # It is told to compute in float32; what it makes of a file's integers is its own affair.
+    "openvino": Contestant("vlquant.peer_openvino", frozenset({"vision"}), ("openvino",), "pip install openvino", tower="{} file"),
 }  # fmt: skip
 PEERS = tuple(name for name in CONTESTANTS if name != "vlquant")
 
@@ -63,15 +66,15 @@ PEERS = tuple(name for name in CONTESTANTS if name != "vlquant")
 def choose_peers(wanted: tuple[str, ...] | None, config: ModelConfig) -> tuple[list[str], dict[str, str]]:
     """The peers to measure, and why others are not; None: those that can run.
 
-    Raises InvalidRequest or MissingDependency if one that is named cannot.
+    Raises InvalidRequest or MissingDependency, which tells of all, if some that are named cannot.
     """
     if wanted is None:
         reasons = {name: str(error) for name in PEERS if (error := refusal(name, config))}
         return [name for name in PEERS if name not in reasons], reasons
-    for name in wanted:
-        if error := refusal(name, config):
-            raise error
-    return list(dict.fromkeys(wanted)), {}
+    wanted = list(dict.fromkeys(wanted))
+    if errors := [error for name in wanted if (error := refusal(name, config))]:
+        raise type(errors[0])("; and ".join(map(str, errors)))
+    return wanted, {}
 
 
 def refusal(name: str, config: ModelConfig) -> VlquantError | None:
@@ -135,7 +138,9 @@ class ContestantProcess:
     def __enter__(self) -> "ContestantProcess":
         return self
 
-    def __exit__(self, *exception) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exception) -> None:
+        if kind is not None:  # Nobody waits for what it is measuring.
+            self._process.terminate()
         self.close()
 
     def ask(self, task: str, **details) -> dict:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from vlquant.counting import counted
 from vlquant.doctor_rules import cudnn_text, dotted
 from vlquant.probes import Cpu, Probes
 
@@ -20,14 +21,22 @@ def facts(probes: Probes) -> Iterator[tuple[str, str]]:
     yield "bitsandbytes", bitsandbytes_text(probes)
     yield "NVRTC", ", ".join(f"{each.version} ({each.library})" for each in probes.nvrtc) or "none"
     yield "C compiler", probes.compiler or "none"
-    yield "CPU kernels", probes.cpu_kernels or "not compiled"
+    yield "CPU kernels", kernels_text(probes)
     yield "also installed", ", ".join(f"{name} {version}" for name, version in probes.versions.items() if name not in TOLD_ELSEWHERE)
 
 
 def cpu_text(cpu: Cpu) -> str:
     instructions = "instructions not told" if cpu.instructions is None else " ".join(cpu.instructions) or "no AVX2"
     memory = f", {cpu.memory_bytes / 1e9:.1f} GB" if cpu.memory_bytes else ""
-    return f"{cpu.name}, {cpu.cores} cores{memory}, {instructions}"
+    return f"{cpu.name}, {counted(cpu.cores, 'core')}{memory}, {instructions}"
+
+
+def kernels_text(probes: Probes) -> str:
+    file, asked = probes.cpu_kernels or "not compiled", probes.kernels_asked
+    if not asked:
+        return file
+    off = "switched off, as " if asked == "torch" else ""
+    return f"{file}, {off}the environment variable VLQUANT_KERNELS is {asked}"
 
 
 def torch_text(probes: Probes) -> str:

@@ -225,9 +225,18 @@ def cpu_kernels_are_there(probes: Probes) -> Iterator[Finding]:
         yield Finding(SLOW, "cpu kernels", "the CPU kernels are not compiled", why, ", then: ".join(steps))
 
 
+def the_choice_of_kernels_is_one(probes: Probes) -> Iterator[Finding]:
+    """VLQUANT_KERNELS, by which whatever runs a decoder on the CPU is refused if it asks for what there is not."""
+    asked, choices = probes.kernels_asked, ("torch", *probes.kernel_choices)
+    if asked and asked not in choices:
+        why = "whatever runs or plans a decoder on the CPU is refused because of it; "
+        why += f"this installation takes {', '.join(choices)}"
+        yield Finding(BROKEN, "cpu kernels", f"the environment variable VLQUANT_KERNELS is {asked!r}", why, "unset VLQUANT_KERNELS")
+
+
 RULES = (
     libraries_load, one_onnxruntime, driver_runs, a_set_serves, torch_has_code, cudnn_has_code, onnxruntime_has_code,
-    bitsandbytes_has_code, nvrtc_compiles, cpu_kernels_are_there,
+    bitsandbytes_has_code, nvrtc_compiles, cpu_kernels_are_there, the_choice_of_kernels_is_one,
 )  # fmt: skip
 """In the order in which they are told and stand in a card's way."""
 

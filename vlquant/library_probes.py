@@ -9,6 +9,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from vlquant.ending import end_in_order
+
 SIDE = 8
 """Of the matrices that are multiplied."""
 
@@ -100,11 +102,15 @@ def nvrtc() -> list[dict]:
 
 
 def cpu_kernels() -> dict | None:
-    """The compiled CPU kernels, if they are those of these Python files; None: this installation has none."""
-    from vlquant.runtime.kernel_library import library_path, open_library
+    """The compiled CPU kernels and which of them run here, if they are those of these Python files; None: there are none."""
+    from vlquant.runtime.kernel_library import CHOICES, library_path, open_library
 
     path = library_path()
-    return path and {"file": Path(open_library(path)._name).name}
+    if path is None:
+        return None
+    library = open_library(path)
+    found = library.vlquant_instructions()
+    return {"file": Path(library._name).name, "choices": [name for name, level in CHOICES.items() if level <= found]}
 
 
 def require_close(values: list[float], expected: float) -> None:
@@ -134,4 +140,5 @@ def first_line(kind: type[BaseException], error: BaseException, trace: object) -
 
 if __name__ == "__main__":
     sys.excepthook = first_line
+    end_in_order()  # Its temporary files are removed again.
     print(json.dumps(PROBES[sys.argv[1]]()))

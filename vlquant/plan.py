@@ -8,6 +8,7 @@ from pathlib import Path
 
 from vlquant.bundle import MANIFEST, read_manifest
 from vlquant.config import ModelConfig, parse_config, quantization_settings
+from vlquant.counting import counted
 from vlquant.errors import BrokenCheckpoint, InvalidRecipe, InvalidRequest, MissingDependency, VlquantError
 from vlquant.events import Event, Report, silent
 from vlquant.hub_headers import fetch_headers
@@ -222,10 +223,15 @@ def asked_size(config: ModelConfig, context: int | None, tiles: int | None) -> t
         raise InvalidRequest(f"a context of {context} tokens is not possible; this model takes --context {TEXT_TOKENS} to {most}")
     room = (context - TEXT_TOKENS) // chat.tokens_per_tile
     tiles = min(room, chat.max_tiles + (chat.use_thumbnail and chat.max_tiles > 1)) if tiles is None else tiles
-    if not 0 <= tiles <= room:
+    fitting = f"--tiles 0 to {room}" if room else "--tiles 0"
+    if tiles < 0:
+        raise InvalidRequest(f"--tiles is {tiles}, and a conversation has none or more; use {fitting}")
+    needed = TEXT_TOKENS + tiles * chat.tokens_per_tile
+    if needed > context:
+        larger = f", or --context {needed}" if needed <= most else ""
         raise InvalidRequest(
-            f"{tiles} tiles of {chat.tokens_per_tile} tokens leave less than {TEXT_TOKENS} of {context} tokens for question and "
-            f"answer; use --tiles 0 to {room}, or a larger --context"
+            f"{counted(tiles, 'tile')} of {chat.tokens_per_tile} tokens and {TEXT_TOKENS} for question and answer take {needed} "
+            f"tokens of {context}; use {fitting}{larger}"
         )
     return context, tiles
 

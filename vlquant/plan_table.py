@@ -5,15 +5,18 @@ from rich.markup import escape
 from rich.table import Table
 
 from vlquant.check_words import visible
+from vlquant.counting import counted
 from vlquant.memory import TEXT_TOKENS
 from vlquant.plan import Choice, Plan
 
 COLUMNS = ("linears", "embed", "head", "tower", "cache", "work", "base", "total")
-"""The parts of a Memory in its own order, and their sum: GB."""
+"""The parts of a Memory in its own order, and their sum."""
 LEGEND = (
-    "GB of 10^9 bytes. tower: vision and projector; cache: keys and values; work: activations and scratch; base: {base}. "
-    "context: most tokens with {tiles} tiles; tiles: most, each {tokens_per_tile} tokens, in a context just large enough."
+    "{unit}. tower: vision and projector; cache: keys and values; work: activations and scratch; base: {base}. "
+    "context: most tokens with {tiles}; tiles: most, each {tokens_per_tile} tokens, in a context just large enough."
 )
+SMALL_BYTES = 10**8
+"""Of all weights, below which sizes are told in MB."""
 BASES = {
     "cpu": "Python and libraries with nothing loaded",
     "cuda": "CUDA context and libraries, an estimate: nothing of this table was measured on a GPU",
@@ -22,9 +25,10 @@ BASES = {
 
 def print_plan(found: Plan, console: Console) -> None:
     """Print what was asked, a row for each choice, what the columns mean and what the numbers rest on."""
-    say(console, f"{found.model} on {found.device} in {found.limit / 1e9:.2f} GB: {found.context:,} tokens of context, {found.tiles} tiles in it")
+    say(console, f"{found.model} on {found.device} in {found.limit / 1e9:.2f} GB: {found.context:,} tokens of context, {counted(found.tiles, 'tile')} in it")
     console.print(choices_table(found))
-    say(console, LEGEND.format(base=BASES[found.device], tiles=found.tiles, tokens_per_tile=found.tokens_per_tile), style="dim")
+    unit = "MB of 10^6 bytes" if is_small(found) else "GB of 10^9 bytes"
+    say(console, LEGEND.format(unit=unit, base=BASES[found.device], tiles=counted(found.tiles, "tile"), tokens_per_tile=found.tokens_per_tile), style="dim")
     for text in found.remarks:
         say(console, text)
     if not found.fits:
@@ -48,11 +52,12 @@ def choices_table(found: Plan) -> Table:
     table.add_column("ViT", no_wrap=True)
     for heading in (*COLUMNS, "fits", "context", "tiles"):
         table.add_column(heading, justify="right", no_wrap=True)
+    scale = 1e6 if is_small(found) else 1e9
     for choice in found.choices:
         memory = choice.memory
         parts = (memory.linears, memory.embedding, memory.head, memory.vision, memory.cache, memory.work, memory.libraries)
         reach = ("-" if each is None else f"{each}" for each in (choice.largest_context, choice.most_tiles))
-        numbers = (gigabytes(each) for each in (*parts, choice.total))
+        numbers = (in_unit(each / scale) for each in (*parts, choice.total))
         table.add_row(escape(choice.method), choice.vision, *numbers, verdict(choice), *reach)
     return table
 
@@ -62,9 +67,15 @@ def verdict(choice: Choice) -> str:
     return "[green]yes[/]" if choice.fits else "[red]no[/]"
 
 
-def gigabytes(count: int) -> str:
-    """Bytes as GB in at most five characters."""
-    return f"{count / 1e9:.2f}" if count < 99.995e9 else f"{count / 1e9:.1f}"
+def is_small(found: Plan) -> bool:
+    """Whether a model's weights are such that GB with two digits would say nothing of them."""
+    memories = (choice.memory for choice in found.choices)
+    return all(each.linears + each.embedding + each.head + each.vision < SMALL_BYTES for each in memories)
+
+
+def in_unit(value: float) -> str:
+    """GB or MB in at most five characters."""
+    return f"{value:.2f}" if value < 99.995 else f"{value:.1f}" if value < 999.95 else f"{value:.0f}"
 
 
 def say(console: Console, text: str, style: str | None = None) -> None:

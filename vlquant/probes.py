@@ -95,6 +95,10 @@ class Probes:
     """The C compiler's command."""
     cpu_kernels: str | None = None
     """File of the compiled CPU kernels."""
+    kernel_choices: tuple[str, ...] = ()
+    """What VLQUANT_KERNELS may ask of them on this processor."""
+    kernels_asked: str = ""
+    """What it does ask for; empty: nothing."""
     place: Place = Place()
     problems: Mapping[str, str] = field(default_factory=dict)
     """Why a probe of `vlquant.library_probes` failed, by its name."""
@@ -122,6 +126,8 @@ def probe_machine() -> Probes:
         nvrtc=tuple(Nvrtc(each["library"], each["version"], tuple(each["architectures"])) for each in answers.get("nvrtc") or ()),
         compiler=next((name for name in (os.environ.get("CC"), *COMPILERS) if name and shutil.which(name)), None),
         cpu_kernels=(answers.get("cpu kernels") or {}).get("file"),
+        kernel_choices=tuple((answers.get("cpu kernels") or {}).get("choices", ())),
+        kernels_asked=os.environ.get("VLQUANT_KERNELS", ""),
         place=find_place(),
         problems=problems,
     )

@@ -35,13 +35,10 @@ def synthesize(
 ) -> Path:
     """Write a checkpoint of random bfloat16 weights in the shape of the published model `name`; returns its folder.
 
-    layers, vision_layers: None for all. The same arguments give the same bytes. Raises InvalidRequest for an unknown
-    name or no layers, OutputRefused if `output` is not free.
+    layers, vision_layers: None for all. The same arguments give the same bytes. Raises InvalidRequest as `require_shape`,
+    OutputRefused if `output` is not free.
     """
-    if name not in MEMBERS:
-        raise InvalidRequest(f"the shape of {name!r} is not known; the nearest known names are {nearest_names(name, MEMBERS)}")
-    if min(layers or 1, vision_layers or 1) < 1 or 0 in (layers, vision_layers):
-        raise InvalidRequest("a model has at least one layer; give --layers and --vision-layers of 1 or more")
+    require_shape(name, layers=layers, vision_layers=vision_layers)
     output = Path(output)
     require_empty(output)
     member = shortened(MEMBERS[name], layers=layers, vision_layers=vision_layers)
@@ -58,6 +55,19 @@ def synthesize(
             report(Event("tensors", done, len(shapes)))
         writer.close()
     return output
+
+
+def require_shape(name: str, *, layers: int | None, vision_layers: int | None) -> None:
+    """Raise InvalidRequest for a name that is not known, and for no layers or more of them than the published model has."""
+    if name not in MEMBERS:
+        raise InvalidRequest(f"the shape of {name!r} is not known; the nearest known names are {nearest_names(name, MEMBERS)}")
+    member = MEMBERS[name]
+    parts = {"--layers": (layers, member.layers, "language model"), "--vision-layers": (vision_layers, member.tower.layers, "vision tower")}
+    for option, (wanted, most, part) in parts.items():
+        if wanted is not None and wanted < 1:
+            raise InvalidRequest(f"{option} is {wanted}, and a {part} has at least one layer; give 1 to {most}, or leave it out for all")
+        if wanted is not None and wanted > most:
+            raise InvalidRequest(f"{option} is {wanted}, and the {part} of {name} has {most}; give 1 to {most}, or leave it out for all")
 
 
 def stored_shapes(config: ModelConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
