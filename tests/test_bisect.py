@@ -23,8 +23,8 @@ from tests.test_check import write_set
 
 SOURCE = golden_folder() / "internlm2_internvl2_5"
 FEW = CheckOptions(limit=12, max_new_tokens=4)
-SURE = CheckOptions(limit=30, max_new_tokens=4)
-"""Nine pictures: of three, nothing about a layer is sure."""
+SURE = CheckOptions(limit=20, max_new_tokens=4)
+"""Six pictures: of three, nothing about a layer is sure."""
 
 
 def verdict(outcome: str) -> Verdict:
