@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from vlquant.config import MANIFEST_FILE
+from vlquant.counting import counted
 from vlquant.errors import InvalidRequest, VlquantError
 from vlquant.prompt import IMAGE_PLACEHOLDER
 from vlquant.request import Request, open_image
@@ -69,8 +70,8 @@ def _require_readable(request: Request) -> None:
 
 def introduction(pipeline: Pipeline, device: str) -> list[str]:
     """Who answers, and through what."""
-    names = f"decoder through {pipeline.decoder.name}, vision tower through {pipeline.tile_features.session.name}"
-    lines = [f"model {pipeline.model.folder} on {device}: {names}"]
+    names = f"decoder: {pipeline.decoder.name}, vision tower: {pipeline.tile_features.session.name}"
+    lines = [f"model {pipeline.model.folder} on {device}; {names}"]
     if isinstance(pipeline.decoder, NativeDecoder) and (remark := not_kept(pipeline.model.folder)):
         lines.append(remark)
     return lines
@@ -82,7 +83,8 @@ def remarks(request: Request) -> list[str]:
     places = sum(text.count(IMAGE_PLACEHOLDER) for text in texts)
     if request.video is not None or places <= len(request.images):
         return []
-    return [f"the text has {places} {IMAGE_PLACEHOLDER} for {len(request.images)} pictures: what is over stays as it is written"]
+    pictures = counted(len(request.images), "picture")
+    return [f"the text has {places} {IMAGE_PLACEHOLDER} for {pictures}: what is over stays text; give a picture for each, or take it out"]
 
 
 @dataclass
@@ -169,7 +171,7 @@ def _take(line: str, pipeline: Pipeline, conversation: Conversation, generation:
         except VlquantError as error:
             if not (taken := conversation.take_back()):
                 raise
-            raise InvalidRequest(f"{error} (taken back: the newest {'picture' if taken == 1 else f'{taken} pictures'})") from error
+            raise InvalidRequest(f"{error} (taken back: {counted(taken, 'picture')}; show them again with /image)") from error
 
 
 def _print_answer(pipeline: Pipeline, request: Request, generation: Generation) -> Answer:

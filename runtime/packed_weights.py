@@ -172,7 +172,10 @@ def changed_packed(bundle: Path) -> list[str]:
 
 def is_changed(path: Path) -> bool:
     """Whether there is such a file and it does not hold what was written."""
-    if not path.exists():
+    try:
+        if not path.exists():
+            return False
+    except OSError:  # In a folder that may not be entered: no load reads it either.
         return False
     if not (metadata := metadata_of(path)):
         return True

@@ -89,7 +89,7 @@ def bind(binding, pixels: Tensor, features: Tensor) -> None:
 class MissingVision:
     """Stands for the tower of a bundle that has none exported yet: text needs none, pictures raise InvalidRequest."""
 
-    name = "nothing, as none is exported: it answers texts"
+    name = "none"
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -144,16 +144,15 @@ def pick_tower(bundle: Path, vision: str, device: str) -> Path | None:
             f"a vision tower in int8 is for CPUs; run `vlquant export-vision {bundle} --precision fp16` for {device}, "
             "or take the torch tower (--vision torch)"
         )
+    others = [name for name in usable if name != chosen and name in towers and intact_name(towers[name])]
+    ways_out = f"or choose --vision {' or '.join((*others, 'torch'))}"
     if chosen not in towers:
-        raise InvalidRequest(
-            f"{bundle} has no vision tower in {chosen}; run `{export_command(FOLDERS[chosen])} {bundle}`, or choose "
-            f"--vision {' or '.join((*towers, 'torch'))}"
-        )
+        command = export_command(FOLDERS[chosen])
+        raise InvalidRequest(f"{bundle} has no vision tower in {chosen}; run `{command} {bundle}`, {ways_out}")
     try:
         read_vision_manifest(towers[chosen])
     except (BrokenCheckpoint, UnsupportedCheckpoint) as error:
-        others = [name for name in usable if name != chosen and name in towers and intact_name(towers[name])]
-        raise type(error)(f"{error}, or choose --vision {' or '.join((*others, 'torch'))}") from error
+        raise type(error)(f"{error}, {ways_out}") from error
     return towers[chosen]
 
 
@@ -178,7 +177,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
     options.log_severity_level = 3
     # Threads that spin while they wait take the cores from those that still compute, here and in the language model.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    # Attention and elementwise work in eighths of what is left, not in halves: a core that others use takes fewer of them.
+    # Attention and elementwise work in small shares of what is left, not one for each thread: a core that others use takes fewer.
     options.add_session_config_entry("session.dynamic_block_base", "4")
     options.add_session_config_entry("session.disable_prepacking", "0" if repack else "1")
     try:
@@ -196,7 +195,7 @@ def open_session(path: Path, device: torch.device, *, threads: int | None = None
 def import_onnxruntime():
     """The onnxruntime module; an extra, because two packages provide it. Raises MissingDependency."""
     try:
-        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # From 1.31 on it tells its maker of every session otherwise.
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # Newer ones (1.31 does) tell their maker of every session otherwise.
         import onnxruntime
     except ImportError as error:
         raise MissingDependency(

@@ -129,9 +129,9 @@ def test_full_disk_is_one_sentence(tmp_path):
 
 
 def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path):
-    (tmp_path / ".out.dead.partial").mkdir()
+    (tmp_path / ".out.deadbeef.partial").mkdir()
     with publishing(tmp_path / "out") as running:
-        assert not (tmp_path / ".out.dead.partial").exists()
+        assert not (tmp_path / ".out.deadbeef.partial").exists()
         (running / "data").write_text("mine")
         with publishing(tmp_path / "out") as second:
             (second / "data").write_text("second")
@@ -140,7 +140,7 @@ def test_leftovers_of_killed_runs_go_and_those_of_running_ones_stay(tmp_path):
 
 
 def test_leftovers_go_whatever_the_name(tmp_path):
-    (tmp_path / ".a[1].dead.partial").mkdir()
+    (tmp_path / ".a[1].deadbeef.partial").mkdir()
     with publishing(tmp_path / "a[1]") as hidden:
         (hidden / "data").write_text("mine")
     assert [path.name for path in tmp_path.iterdir()] == ["a[1]"]

@@ -89,7 +89,7 @@ def test_pictures_of_a_refused_turn_are_taken_back(pipe, typed, capsys):
     why = pipe.ask("Why?", [PICTURE], history=one.history, generation=SHORT)
     output = capsys.readouterr()
     assert output.out == f"{one.text}\n{why.text}\n"
-    assert "taken back: the newest 2 pictures" in output.err
+    assert "taken back: 2 pictures; show them again" in output.err
 
 
 @pytest.mark.parametrize("question, images, history, said", [

@@ -77,14 +77,14 @@ def test_the_next_export_clears_it_away(precision, killed):
 
 
 def test_quantizing_again_clears_away_what_a_killed_one_left_beside_the_bundle(bundle):
-    (bundle.parent / ".small.abc.partial").mkdir()
+    (bundle.parent / ".small.abcdefgh.partial").mkdir()
     manifest = (bundle / "vlquant.json").read_bytes()
     assert quantize(SOURCE, recipe=BNB, output=bundle) == bundle
     assert leftovers(bundle.parent) == [] and (bundle / "vlquant.json").read_bytes() == manifest
 
 
 def test_sweeping_gives_back_what_was_moved_aside_and_leaves_who_is_at_work(bundle):
-    aside = bundle.parent / ".small.abc.partial"
+    aside = bundle.parent / ".small.abcdefgh.partial"
     aside.mkdir()
     bundle.rename(aside / "small")
     with publishing(bundle.parent / "other") as hidden:

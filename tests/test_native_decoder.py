@@ -167,10 +167,11 @@ def test_neighbours_and_pieces_change_no_bit(kernels, bits):
 @pytest.mark.parametrize("cache_bits", [32, 8])
 def test_padding_changes_no_bit(kernels, bits, cache_bits):
     native, _ = decoders(CONFIGS["norms of heads"], kernels, bits)
-    x = torch.randn(1, 50, 128, generator=torch.Generator().manual_seed(0))
-    alone = native(x, cache=native.new_cache(batch=1, capacity=50, bits=cache_bits), all_positions=True)
-    for padding in (1, 3, 8, 21):
-        mask = torch.arange(50 + padding)[None] >= padding
-        cache = native.new_cache(batch=1, capacity=50 + padding, bits=cache_bits)
-        padded = native(torch.cat([x[:, :padding], x], 1), attention_mask=mask, cache=cache, all_positions=True)
-        assert torch.equal(padded[:, padding:], alone), padding
+    x = torch.randn(1, 300, 128, generator=torch.Generator().manual_seed(0))
+    for length, padding in ((50, 1), (50, 3), (50, 8), (50, 21), (300, 5), (300, 300)):  # 256 go through the layers together.
+        own = x[:, :length]
+        alone = native(own, cache=native.new_cache(batch=1, capacity=length, bits=cache_bits), all_positions=True)
+        mask = torch.arange(length + padding)[None] >= padding
+        cache = native.new_cache(batch=1, capacity=length + padding, bits=cache_bits)
+        padded = native(torch.cat([own[:, :padding], own], 1), attention_mask=mask, cache=cache, all_positions=True)
+        assert torch.equal(padded[:, padding:], alone), (length, padding)

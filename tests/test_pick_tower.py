@@ -129,7 +129,7 @@ def test_chat_says_which(bundle, capsys):
     lines, request = [], "What?"
     for vision in (None, "fp32", "torch"):
         chat(request, model=bundle, vision=vision, generation=Generation(max_new_tokens=1), report=lines.append)
-    assert [line.rpartition(" through ")[2] for line in lines] == ["onnx int8", "onnx fp32", "torch fp32"]
+    assert [line.rpartition(": ")[2] for line in lines] == ["onnx int8", "onnx fp32", "torch fp32"]
     assert default_vision(without(bundle, "fp32")) == "onnx"
 
 

@@ -1,8 +1,10 @@
 """Looking at this machine: the real probes, and how libraries that break are told."""
 
 import json
+import signal
 import subprocess
 import sys
+import time
 import types
 from importlib import metadata
 from pathlib import Path
@@ -42,16 +44,30 @@ def test_every_probe_is_asked_only_where_it_makes_sense():
 
 
 def test_a_library_that_takes_its_process_along_is_a_reason(monkeypatch):
-    real = probes.subprocess.run
-    monkeypatch.setattr(probes.subprocess, "run", lambda command, **options: real(["/bin/sh", "-c", "kill -ABRT $$"], **options))
+    monkeypatch.setattr(probes, "probe_command", lambda name: ["/bin/sh", "-c", "kill -ABRT $$"])
     assert probes.ask_library("torch") == (None, "its process was ended by SIGABRT")
 
 
 def test_a_library_that_hangs_is_a_reason(monkeypatch):
-    real = probes.subprocess.run
     monkeypatch.setattr(probes, "SECONDS", 0.2)
-    monkeypatch.setattr(probes.subprocess, "run", lambda command, **options: real(["sleep", "20"], **options))
+    monkeypatch.setattr(probes, "probe_command", lambda name: ["sleep", "20"])
     assert probes.ask_library("torch") == (None, "no answer within 0.2 seconds")
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no timer that interrupts")
+def test_a_library_that_hangs_does_not_keep_who_is_told_to_end(monkeypatch):
+    def leave(*_):
+        raise SystemExit(143)
+
+    monkeypatch.setattr(probes, "probe_command", lambda name: ["sleep", "60"])
+    before, started = signal.signal(signal.SIGALRM, leave), time.monotonic()
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    try:
+        with pytest.raises(SystemExit):
+            probes.ask_libraries(["torch", "onnxruntime", "bitsandbytes"])
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - started < 30
 
 
 def test_the_last_word_of_a_process_is_its_reason():

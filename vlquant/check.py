@@ -17,7 +17,7 @@ from vlquant.check_options import CheckOptions
 from vlquant.check_result import FORMAT_VERSION, AskedSet, CheckResult, NoiseFloor
 from vlquant.comparison import Measured, encoded_answers, measure
 from vlquant.distributions import summarize_tokens
-from vlquant.errors import BrokenCheckpoint, InvalidRequest, OutputRefused
+from vlquant.errors import NO_SPACE, BrokenCheckpoint, InvalidRequest, OutputRefused
 from vlquant.events import Event, Report, silent
 from vlquant.examination import Examination, Findings, Side
 from vlquant.findings_summary import (
@@ -36,7 +36,7 @@ from vlquant.hidden_states import HiddenStates
 from vlquant.kept_answers import KeptAnswer
 from vlquant.machine import available_memory, physical_memory
 from vlquant.predictions import read_predictions
-from vlquant.publishing import NO_SPACE, is_partial
+from vlquant.publishing import is_partial
 from vlquant.reference import find_reference
 from vlquant.runtime.generate import Generation
 from vlquant.runtime.vision_session import pick_tower

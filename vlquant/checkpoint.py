@@ -249,8 +249,8 @@ def read_json(path: Path) -> dict:
 
 def unreadable(path: Path, error: OSError) -> BrokenCheckpoint:
     """The error for a file of weights that the system does not let us read: a folder of its name, missing rights."""
-    reason = os.strerror(error.errno or 0)
-    return BrokenCheckpoint(f"{path} cannot be read ({reason}); put the file itself there, or download it again")
+    move = "change its rights" if isinstance(error, PermissionError) else "put the file itself there, or download it again"
+    return BrokenCheckpoint(f"{path} cannot be read ({error.strerror or error}); {move}")
 
 
 def _truncated(path: Path) -> BrokenCheckpoint:

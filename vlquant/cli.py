@@ -3,9 +3,9 @@
 Nothing heavy is imported before a command runs, so that `--help` answers at once.
 """
 
-import errno
 import os
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +48,7 @@ from vlquant.cli_options import (
     say,
 )
 from vlquant.ending import end_in_order
-from vlquant.errors import VlquantError
+from vlquant.errors import NO_SPACE, VlquantError
 from vlquant.recipe import Recipe
 
 USER_ERROR = 2  # Everything the user can put right, as typer's own usage errors.
@@ -62,12 +62,6 @@ class Commands(TyperGroup):
             return super().invoke(context)
         except VlquantError as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(USER_ERROR) from None
-        except OSError as error:
-            if error.errno != errno.ENOSPC or error.filename is not None:
-                raise
-            sys.stdout = None  # What is still in its buffer would fail once more at the end.
-            typer.echo("error: standard output leads to a full disk; make room, and repeat the command", err=True)
             raise typer.Exit(USER_ERROR) from None
 
 
@@ -87,7 +81,15 @@ def main() -> None:
     sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
-    app(prog_name="vlquant")
+    try:
+        app(prog_name="vlquant")
+    except OSError as error:
+        if error.errno not in NO_SPACE or error.filename is not None:
+            raise
+        sys.stdout = None  # What is still in its buffer would fail once more at the end.
+        with suppress(OSError):
+            typer.echo("error: standard output, or a file that was written, met a full disk; make room and repeat the command", err=True)
+        sys.exit(USER_ERROR)
 
 
 def show_version(asked: bool) -> None:

@@ -1,5 +1,10 @@
 """The errors a user can cause: each message is one sentence naming the thing, the reason and the next move."""
 
+import errno
+
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says where a disk, a quota or a limit on files is full."""
+
 
 class VlquantError(Exception):
     """Base of everything the command line shows as one line and exit code 2."""

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from pathlib import Path
@@ -168,23 +169,37 @@ def wanted_probes(versions: Mapping[str, str], *, has_gpu: bool) -> list[str]:
 
 def ask_libraries(names: Iterable[str]) -> tuple[dict[str, dict | None], dict[str, str]]:
     """The answers of the probes that could be made, and why the others could not."""
-    names = list(names)
+    names, started = list(names), []
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        outcomes = dict(zip(names, threads.map(ask_library, names), strict=True))
+        try:
+            outcomes = dict(zip(names, threads.map(partial(ask_library, started=started), names), strict=True))
+        except BaseException:  # Told to end: a library that hangs would be waited for.
+            threads.shutdown(wait=False, cancel_futures=True)
+            for process in started:
+                process.kill()
+            raise
     answers = {name: answer for name, (answer, problem) in outcomes.items() if problem is None}
     return answers, {name: problem for name, (_, problem) in outcomes.items() if problem is not None}
 
 
-def ask_library(name: str) -> tuple[dict | None, str | None]:
-    """One probe in a process of its own: its answer, or why there is none."""
-    command = [sys.executable, "-m", "vlquant.library_probes", name]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return None, f"no answer within {SECONDS} seconds"
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1]), None
-    return None, reason_of(done.returncode, done.stderr)
+def ask_library(name: str, *, started: list[subprocess.Popen] | None = None) -> tuple[dict | None, str | None]:
+    """One probe in a process of its own, which is put into `started`: its answer, or why there is none."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(probe_command(name), text=True, errors="replace", **pipes) as process:
+        if started is not None:
+            started.append(process)
+        try:
+            output, problem = process.communicate(timeout=SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return None, f"no answer within {SECONDS} seconds"
+    if process.returncode == 0:
+        return json.loads(output.splitlines()[-1]), None
+    return None, reason_of(process.returncode, problem)
+
+
+def probe_command(name: str) -> list[str]:
+    return [sys.executable, "-m", "vlquant.library_probes", name]
 
 
 def reason_of(exit_code: int, standard_error: str) -> str:

@@ -3,7 +3,6 @@
 Knows no contents except how to tell a bundle, which may be replaced, from somebody else's folder, which may not.
 """
 
-import errno
 import glob
 import os
 import shutil
@@ -13,14 +12,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from vlquant.bundle import MANIFEST
-from vlquant.errors import OutputRefused
+from vlquant.errors import NO_SPACE, OutputRefused
 
 try:
     import fcntl
 except ImportError:  # Windows: leftovers of killed runs then stay where they are
     fcntl = None
 
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 HIDDEN_SUFFIX = ".partial"
 
 
@@ -136,18 +134,25 @@ def sweep(output: Path) -> None:
     except OSError as error:
         raise OutputRefused(f"{output} cannot be written ({error.strerror}); choose another folder with -o") from error
     place = output.resolve()
-    for stale in place.parent.glob(f".{glob.escape(place.name)}.*{HIDDEN_SUFFIX}"):
+    for stale in hidden_beside(place):
         with suppress(OSError):  # Another process may sweep too; what nobody may remove stays.
             if (lock := lock_folder(stale)) is not None:
-                _remove(stale, place)
-                os.close(lock)
+                _remove(stale, place, lock)
 
 
-def _remove(stale: Path, output: Path) -> None:
-    """Remove a hidden folder, after giving back the one that `_replace` had moved into it when it was killed."""
-    if (stale / output.name).is_dir() and not output.exists():
-        (stale / output.name).rename(output)
-    shutil.rmtree(stale, ignore_errors=True)
+def hidden_beside(place: Path) -> list[Path]:
+    """What was or is being written for one file or folder: `tempfile` puts eight characters between name and suffix."""
+    return list(place.parent.glob(f".{glob.escape(place.name)}.{'?' * 8}{HIDDEN_SUFFIX}"))
+
+
+def _remove(stale: Path, output: Path, lock: int) -> None:
+    """Remove a hidden folder that we locked, after giving back the one that `_replace` had moved into it when it was killed."""
+    try:
+        if (stale / output.name).is_dir() and not output.exists():
+            (stale / output.name).rename(output)
+        shutil.rmtree(stale, ignore_errors=True)
+    finally:
+        os.close(lock)
 
 
 def lock_folder(folder: Path) -> int | None:
@@ -165,10 +170,11 @@ def lock_folder(folder: Path) -> int | None:
 
 def _replace(hidden: Path, output: Path) -> None:
     """Rename `hidden` to `output`, moving an older folder out of the way first."""
-    older = None
+    older = lock = None
     if output.exists():
         older = Path(tempfile.mkdtemp(prefix=f".{output.name}.", suffix=HIDDEN_SUFFIX, dir=output.parent))
         try:
+            lock = lock_folder(older)  # Another process that sweeps would give the older one back.
             output.rename(older / output.name)
         except OSError as error:
             older.rmdir()
@@ -177,6 +183,8 @@ def _replace(hidden: Path, output: Path) -> None:
     flush_entry(output.parent)
     if older is not None:
         shutil.rmtree(older, ignore_errors=True)
+    if lock is not None:
+        os.close(lock)
 
 
 def _umask() -> int:
@@ -227,7 +235,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
     Its name is nobody else's: another process may write the same file. What killed processes left is swept.
     """
-    for stale in path.parent.glob(f".{glob.escape(path.name)}.*{HIDDEN_SUFFIX}"):
+    for stale in hidden_beside(path):
         with suppress(OSError):  # Another process may sweep too, or be done.
             if (lock := lock_folder(stale)) is not None:
                 stale.unlink(missing_ok=True)

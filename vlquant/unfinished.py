@@ -15,6 +15,7 @@ from safetensors import safe_open
 from vlquant.bundle import LayerRange, ModuleRecord
 from vlquant.calibrate import CLASSES_FILE
 from vlquant.errors import (
+    NO_SPACE,
     BrokenCheckpoint,
     InvalidRecipe,
     InvalidRequest,
@@ -23,7 +24,7 @@ from vlquant.errors import (
     UnsupportedCheckpoint,
 )
 from vlquant.events import Event, Report, silent
-from vlquant.publishing import NO_SPACE, flush_entry, lock_folder, replace_text
+from vlquant.publishing import flush_entry, lock_folder, replace_text
 from vlquant.quantized_layers import QuantizedLayer
 from vlquant.shards import write_safetensors
 
@@ -127,7 +128,7 @@ def resuming(output: Path, settings: dict, *, overwrite: bool, report: Report = 
         if not isinstance(cause, OSError) or cause.errno not in NO_SPACE:
             raise
         raise OutputRefused(f"{output} could not be written because there is no space left; {way_out(run)}") from error
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SystemExit):
         if run.worth_keeping:
             report(Event("quantize", message=f"interrupted; what is finished is kept: {next_time(run)}"))
         raise
